@@ -1,0 +1,176 @@
+"""Frameworks' objects as nested state, and back: one file a framework, the same verbs; and the list of them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from everystep.adapters import numpy as numpy_adapter
+from everystep.errors import Damaged, Unsupported
+from everystep.schema import Composite, Described, Leaf, LoadReport
+
+Place = Callable[[], None]
+
+
+class Adapter(Protocol):
+    """What each adapter file offers, as module-level functions."""
+
+    KINDS: tuple[str, ...]
+    """Leaf and composite kinds that this adapter builds."""
+
+    def describe(self, value: Any, path: str) -> Described | Composite | Any: ...
+    def build(self, leaf: Leaf, data: np.ndarray[Any, Any]) -> Any: ...
+    def compose(self, composite: Composite) -> Any: ...
+    def capture(self, target: Any, path: str, tracked: Mapping[str, Any]) -> Any: ...
+    def apply(
+        self, target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
+    ) -> Place | None: ...
+    def copy(self, payload: Any, target: np.ndarray[Any, Any]) -> None: ...
+    def fence(self) -> None: ...
+    def world(self) -> tuple[int, int] | None: ...
+    def random_state(self) -> dict[str, Any]: ...
+    def set_random_state(self, state: dict[str, Any]) -> list[str]: ...
+
+
+# A framework's adapter is imported only once the program itself has imported the framework.
+_FRAMEWORKS = {"torch": "everystep.adapters.torch"}
+
+
+def active() -> list[Any]:
+    """The adapters of the frameworks that this program uses, NumPy last."""
+    found = [importlib.import_module(path) for name, path in _FRAMEWORKS.items() if name in sys.modules]
+    return [*found, numpy_adapter]
+
+
+def adapter_for_kind(kind: str) -> Any:
+    """The adapter that builds a leaf or composite of this kind; imports its framework if it has to."""
+    if kind in numpy_adapter.KINDS:
+        return numpy_adapter
+    framework = kind.partition(".")[0]
+    if framework not in _FRAMEWORKS:
+        raise Damaged(f"unknown kind of leaf {kind!r}", do="was it written by a newer everystep?")
+    try:
+        return importlib.import_module(_FRAMEWORKS[framework])
+    except ImportError as error:
+        raise Unsupported(
+            f"the checkpoint holds {framework} objects and {framework} is not installed here",
+            do='load with like="numpy"',
+        ) from error
+
+
+@dataclass(frozen=True)
+class Held:
+    """An array and the adapter that can copy it."""
+
+    adapter: Any
+    payload: Any
+
+
+def describe(value: Any, path: str) -> Any:
+    """The first adapter's answer that knows the value: see `schema.flatten`."""
+    for adapter in active():
+        found = adapter.describe(value, path)
+        if isinstance(found, Described):
+            return replace(found, payload=Held(adapter, found.payload))
+        if found is not None:
+            return found
+    return None
+
+
+def copy(payload: Any, target: np.ndarray[Any, Any]) -> None:
+    """One array's bytes in C order into a flat uint8 buffer of the right size."""
+    if isinstance(payload, bytes):
+        target[:] = np.frombuffer(payload, np.uint8)
+    else:
+        payload.adapter.copy(payload.payload, target)
+
+
+def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:
+    """The nested state of a tracked object.
+
+    Raises:
+        Unsupported: for an object that no adapter knows and that has no state_dict.
+    """
+    for adapter in active():
+        state = adapter.capture(target, path, tracked)
+        if state is not None:
+            return state
+    if is_pair(target):
+        return target[0]()
+    if has_state(target):
+        return target.state_dict()
+    raise untrackable(target, path)
+
+
+def apply(target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport) -> Place:
+    """Matches a nested state with a tracked object, notes what fits in the report; the answer puts it in place."""
+    for adapter in active():
+        place = adapter.apply(target, state, path, tracked, report)
+        if place is not None:
+            return place  # type: ignore[no-any-return]
+    report.loaded.append(path)
+    if is_pair(target):
+        return lambda: target[1](state)
+    return lambda: target.load_state_dict(state)
+
+
+def has_state(target: Any) -> bool:
+    return callable(getattr(target, "state_dict", None)) and callable(getattr(target, "load_state_dict", None))
+
+
+def is_pair(target: Any) -> bool:
+    return isinstance(target, tuple) and len(target) == 2 and callable(target[0]) and callable(target[1])
+
+
+def untrackable(target: Any, path: str) -> Unsupported:
+    kind = type(target)
+    return Unsupported(
+        f"cannot track a {kind.__module__}.{kind.__qualname__}: it has no state that lives in it",
+        where=path,
+        do="track a module, an optimizer, anything with state_dict and load_state_dict, or a (getter, setter) pair; "
+        "give arrays, numbers and pytrees, which your program rebinds, to save(state=…)",
+    )
+
+
+def check_trackable(target: Any, path: str) -> None:
+    """Raises Unsupported at once for what `capture` would refuse later."""
+    if not (is_pair(target) or has_state(target) or any(adapter.owns(target) for adapter in active())):
+        raise untrackable(target, path)
+
+
+def fence() -> None:
+    """Waits until no device writes to the arrays any more."""
+    for adapter in active():
+        adapter.fence()
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks) as the framework says; (0, 1) for one process."""
+    for adapter in active():
+        found = adapter.world()
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    return 0, 1
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random number generator of this process."""
+    state: dict[str, Any] = {}
+    for adapter in active():
+        state.update(adapter.random_state())
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> list[str]:
+    """Puts the generators back; answers what could not be put back."""
+    left: list[str] = []
+    for adapter in active():
+        left += adapter.set_random_state(state)
+    known = {name for adapter in active() for name in adapter.RANDOM}
+    left += [f"random state of {name}: not used by this program yet" for name in state if name not in known]
+    return left

@@ -1,0 +1,196 @@
+"""One kept moment of a run: look at it, load it, name it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from everystep.errors import Conflict, UsageError
+from everystep.restore import Opened, open_checkpoint, place_tracked
+from everystep.restore.fetch import Progress
+from everystep.rules import number
+from everystep.schema import Leaf
+from everystep.schema.plain import encode_metric
+from everystep.vault import Committed
+from everystep.vault.record import Metrics, Tag
+
+if TYPE_CHECKING:
+    from everystep.past import PastRun
+
+STATE, RNG, LOOP = "state", "rng", "loop"
+RESERVED = (STATE, RNG, LOOP)
+
+
+class Checkpoint:
+    """Immutable. Made by a run; reading it verifies every byte that is asked for."""
+
+    def __init__(self, run: PastRun, commit: Committed) -> None:
+        self._run, self._commit = run, commit
+        self._opened: Opened | None = None
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {self._run.name}@{self.step} {self.id}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Checkpoint) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    @property
+    def id(self) -> str:
+        return self._commit.event.id
+
+    @property
+    def step(self) -> int:
+        """The state is the one after this many completed updates."""
+        return self._commit.event.step
+
+    @property
+    def parent(self) -> str | None:
+        """Id of the checkpoint that this one continues from."""
+        return self._commit.event.parent
+
+    @property
+    def time(self) -> float:
+        """Seconds since the epoch, by the writer's clock."""
+        return self._commit.time
+
+    @property
+    def reason(self) -> str:
+        """Why it was saved."""
+        return self._commit.event.reason
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Metrics of exactly this step: those given at the save, and later ones."""
+        return self._run._history().metrics_of(self.id)
+
+    @property
+    def tags(self) -> list[str]:
+        return sorted(name for name, id in self._run._history().tags.items() if id == self.id)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Seconds of stall, queue, encode and write; bytes of the state, and bytes newly stored for it."""
+        cost = self._commit.event.cost
+        return {name: getattr(cost, name) for name in cost.__struct_fields__}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Fingerprint of the process that saved it."""
+        opened = self._run._history().opened.get(self._commit.term)
+        return dict(opened.environment) if opened is not None else {}
+
+    def leaves(self) -> list[Leaf]:
+        """Every leaf: path, dtype, shape, role. Reads the manifest only."""
+        return list(self._open().tree.leaves)
+
+    def load(
+        self,
+        *,
+        only: str | Sequence[str] | None = None,
+        into: Mapping[str, Any] | None = None,
+        strict: bool = True,
+        like: str = "numpy",
+        types: Sequence[type] = (),
+        progress: Progress | None = None,
+    ) -> Any:
+        """The state as nested arrays; or, with `into`, live objects filled in place and a LoadReport.
+
+        Args:
+            only: a path ("model", "model/fc.weight") for that part alone, or several for a dict of them.
+            into: name -> object, as given to `track`.
+            strict: with `into`: a misfit is an error and changes nothing.
+            like: "numpy", "torch", or "saved" for what each leaf was.
+            types: classes of named tuples and dataclasses in the state; others come back as mappings.
+            progress: told the number of bytes as they come in.
+
+        Raises:
+            NotFound, Mismatch, Damaged, CheckpointRetired: accordingly.
+        """
+        opened = self._open()
+        if into is not None:
+            if only is not None:
+                raise UsageError("only= and into= say the same thing twice", do="leave only= out")
+            where = f"{self._run.name}@{self.step}"
+            return place_tracked(opened, into, strict=strict, whole=False, where=where, progress=progress)
+        base = self._base(opened)
+        if only is None:
+            return self._load_all(opened, base, like, types, progress)
+        if isinstance(only, str):
+            return opened.build(_below(base, only), like=like, types=types, progress=progress)
+        return {
+            path: opened.build(_below(base, path), like=like, types=types, progress=progress) for path in only
+        }
+
+    def verify(self, progress: Progress | None = None) -> int:
+        """Reads and checks every byte; the number of bytes.
+
+        Raises:
+            Damaged: if one is not what was saved.
+        """
+        return self._open().verify(progress)
+
+    def tag(self, name: str, *, move: bool = False) -> Checkpoint:
+        """Names this checkpoint. Never takes the run over.
+
+        Raises:
+            Conflict: if another checkpoint has the name; `move=True` moves it.
+        """
+        check_tag(name)
+
+        def decide(history: Any) -> list[Any] | None:
+            holder = history.tags.get(name)
+            if holder == self.id:
+                return None
+            if holder is not None and holder in history.commits and not move:
+                step = history.commits[holder].event.step
+                raise Conflict(
+                    f"the tag {name!r} is on step {step}",
+                    where=self._run.name,
+                    do="choose another name, or pass move=True to move it here",
+                )
+            return [Tag(name, self.id)]
+
+        self._run._append(decide)
+        return self
+
+    def record(self, **metrics: Any) -> Checkpoint:
+        """Adds metrics that came after the save. Never takes the run over."""
+        late = {name: encode_metric(number(name, value), name) for name, value in metrics.items()}
+        self._run._append(lambda history: [Metrics(self.id, late)])
+        return self
+
+    def _open(self) -> Opened:
+        if self._opened is None:
+            self._opened = open_checkpoint(self._run._vault, self._commit)
+        return self._opened
+
+    def _base(self, opened: Opened) -> str:
+        """A checkpoint of an explicit state alone is that state; one of tracked objects is a dict of them."""
+        return STATE if not [name for name in opened.names() if name not in RESERVED] and STATE in opened.names() else ""
+
+    def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
+        if base:
+            return opened.build(base, like=like, types=types, progress=progress)
+        whole = opened.build("", like=like, types=types, progress=progress)
+        whole.pop(LOOP, None)
+        return whole
+
+
+def _below(base: str, path: str) -> str:
+    return f"{base}/{path}" if base and path.partition("/")[0] not in (RNG, LOOP) else path
+
+
+def check_tag(name: str) -> None:
+    """
+    Raises:
+        UsageError: for a name that could not be told from a step, or that means something already.
+    """
+    if not name or name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
+        raise UsageError(
+            f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
+        )
+
+

@@ -1,0 +1,68 @@
+"""The fingerprint of the surroundings of a run: what can make the same program compute other bits."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+from everystep.seam import Seam
+from everystep.settings import VERSION
+
+_PACKAGES = ("numpy", "torch", "tensorflow", "keras", "jax", "jaxlib", "mxnet", "ml_dtypes")
+# A difference in one of these can change the bits of the continuation.
+MATTERS = ("python", "machine", "packages", "threads", "devices")
+
+
+def fingerprint(seam: Seam) -> dict[str, Any]:
+    """Versions, threads, devices, git commit and whether the tree was dirty; JSON values only."""
+    found: dict[str, Any] = {
+        "everystep": VERSION,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "packages": {
+            name: str(getattr(sys.modules[name], "__version__", "?")) for name in _PACKAGES if name in sys.modules
+        },
+        "threads": _threads(seam),
+        "devices": _devices(),
+        "program": sys.argv[0] if sys.argv else "",
+    }
+    commit = seam.ask("git", "rev-parse", "HEAD")
+    if commit is not None:
+        dirty = seam.ask("git", "status", "--porcelain", "--untracked-files=no")
+        found["git"] = {"commit": commit, "dirty": bool(dirty)}
+    return found
+
+
+def _threads(seam: Seam) -> dict[str, Any]:
+    threads: dict[str, Any] = {
+        name: value for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if (value := seam.environ(name)) is not None
+    }
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        threads["torch"] = torch.get_num_threads()
+    return threads
+
+
+def _devices() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs that matters, as sentences."""
+    found = []
+    for name in MATTERS:
+        before, after = then.get(name), now.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += [
+                f"{key}: was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
+                for key in sorted({*before, *after})
+                if before.get(key) != after.get(key)
+            ]
+        elif before != after:
+            found.append(f"{name}: was {before}, is {after}")
+    return found

@@ -1,0 +1,113 @@
+"""A place that holds runs: open it, look what is there, start or continue one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from everystep.errors import NotFound
+from everystep.past import PastRun
+from everystep.run import Run
+from everystep.seam import REAL, Seam
+from everystep.settings import DEFAULT, Settings
+from everystep.storage import open_storage
+from everystep.upkeep import CheckReport, check_repository
+from everystep.vault import Place
+
+
+class Repository:
+    """Made by `everystep.open`. Nothing is written before the first save."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def __repr__(self) -> str:
+        return f"<repository {self.url}>"
+
+    @property
+    def url(self) -> str:
+        return str(self._place.storage.url)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a repository yet."""
+        return self._place.exists
+
+    def runs(self) -> list[str]:
+        """Names of all runs, sorted."""
+        return sorted(self._place.runs()) if self.exists else []
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.runs())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.runs()
+
+    def __getitem__(self, name: str) -> PastRun:
+        """A run to read; it is never taken over.
+
+        Raises:
+            NotFound: naming the runs with near names.
+        """
+        past = PastRun(self._place, name)
+        runs = self.runs()
+        if name not in runs:
+            near = difflib.get_close_matches(name, runs, 3) or runs[:5]
+            raise NotFound(
+                f"no run {name!r}" if self.exists else "there is no repository here yet",
+                where=self.url,
+                do=f"runs here: {', '.join(near)}" if near else "the first save of a run makes it",
+            )
+        return past
+
+    def run(
+        self,
+        name: str,
+        *,
+        config: Mapping[str, Any] | None = None,
+        when_busy: str = "wait",
+        takeover: bool = False,
+        rank: int | None = None,
+        ranks: int | None = None,
+        launch: str | None = None,
+    ) -> Run:
+        """A run to write. It is taken by `resume`, `steps`, `batches` or the first `save`, and created by the latter.
+
+        Args:
+            config: plain values kept with the run.
+            when_busy: what a save does while the one before is under way: "wait" for it, or "skip" itself.
+            takeover: do not wait for an owner that may live; it is told at its next save.
+            rank, ranks, launch: for several processes that save one checkpoint together; all give the same launch id.
+                By default as the framework's process group says.
+        """
+        return Run(
+            self._place,
+            name,
+            config=dict(config or {}),
+            when_busy=when_busy,
+            takeover=takeover,
+            rank=rank,
+            ranks=ranks,
+            launch=launch,
+        )
+
+    def check(self, *, data: bool = True, progress: Any = None) -> CheckReport:
+        """Checks every record, manifest and (with `data`) every byte of every checkpoint of every run."""
+        return check_repository(self._place, data=data, progress=progress)
+
+
+def open(place: str, *, settings: Settings | None = None, seam: Seam | None = None) -> Repository:  # noqa: A001
+    """A repository in a folder or at a URL. Nothing is written before the first save.
+
+    Args:
+        place: a folder, or memory://name.
+        settings: what can be tuned; see docs/settings.md.
+        seam: the outside world; tests hand in another.
+
+    Raises:
+        ForeignRepository, NewerFormat, Damaged, UsageError: for what is not a repository that this everystep reads.
+    """
+    seam = seam or REAL
+    path = place if isinstance(place, str) else place.__fspath__()
+    return Repository(Place(open_storage(path, seam), seam, settings or DEFAULT))

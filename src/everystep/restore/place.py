@@ -1,0 +1,54 @@
+"""Put a loaded state into live objects: match everything first, then place it, so that a misfit changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from everystep import adapters
+from everystep.errors import Mismatch
+from everystep.restore.fetch import Progress
+from everystep.restore.load import Opened
+from everystep.schema import LoadReport, join
+
+SECTIONS_OF_OURS = ("rng", "loop")
+
+
+def place_tracked(
+    opened: Opened,
+    tracked: Mapping[str, Any],
+    *,
+    strict: bool,
+    whole: bool,
+    where: str,
+    progress: Progress | None = None,
+) -> LoadReport:
+    """Fills the tracked objects from the checkpoint's sections of the same names.
+
+    Args:
+        strict: anything missing, unexpected or of another shape is an error, and then nothing is changed.
+        whole: sections of the checkpoint that nobody asked for are unexpected, too.
+
+    Raises:
+        Mismatch: with the report's text.
+    """
+    report = LoadReport()
+    names = [name for name in opened.names() if name not in SECTIONS_OF_OURS]
+    report.missing += [join("", name) for name in tracked if join("", name) not in names]
+    if whole:
+        report.unexpected += [name for name in names if name not in {join("", key) for key in tracked}]
+    places = []
+    for name, target in tracked.items():
+        path = join("", name)
+        if path in names:
+            state = opened.build(path, like="saved", progress=progress)
+            places.append(adapters.apply(target, state, path, tracked, report))
+    if strict and not report.complete:
+        raise Mismatch(
+            f"the checkpoint does not fit what it is loaded into; nothing was changed\n{report}",
+            where=where,
+            do="load into objects of the same shapes, or pass strict=False and read the report",
+        )
+    for place in places:
+        place()
+    return report

@@ -1,0 +1,389 @@
+"""A run to write: track what trains, save it, resume it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from everystep import adapters, rules
+from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
+from everystep.environment import differences, fingerprint
+from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
+from everystep.loop import Batches, Steps
+from everystep.past import PastRun
+from everystep.restore import open_checkpoint, place_tracked
+from everystep.save import Saved, Writer, snapshot, take_run
+from everystep.save.owner import join_run
+from everystep.save.part import Known
+from everystep.save.writer import Job
+from everystep.schema import LoadReport, Roled
+from everystep.schema.plain import decode, encode, encode_metric
+from everystep.vault import Committed, Place, Term
+from everystep.vault.record import Close, Config, Series
+
+_ROLES = {
+    "weights": ("model", "models", "params", "parameters", "weights", "w"),
+    "optimizer": ("optimizer", "optimizers", "opt", "optim", "opt_state", "optimizer_state"),
+    "rng": ("rng", "key", "keys", "seed", "prng"),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
+
+
+class Run(PastRun):
+    """Writes checkpoints of one run. Also a context manager: leaving it waits until all is durable."""
+
+    def __init__(
+        self,
+        place: Place,
+        name: str,
+        *,
+        config: dict[str, Any],
+        when_busy: str,
+        takeover: bool,
+        rank: int | None,
+        ranks: int | None,
+        launch: str | None,
+    ) -> None:
+        super().__init__(place, name)
+        if when_busy not in ("wait", "skip"):
+            raise UsageError(f"when_busy={when_busy!r} is not known", do='"wait" or "skip"')
+        world = adapters.world()
+        self.rank = world[0] if rank is None else rank
+        self.ranks = world[1] if ranks is None else ranks
+        self.report: LoadReport | None = None
+        """What the last resume did."""
+        self.stopped: str | None = None
+        """Why the loop ended before its time: a signal's name, or "stop"; None otherwise."""
+        self._when_busy, self._takeover = when_busy, takeover
+        self._launch = launch or place.seam.environ("TORCHELASTIC_RUN_ID") or ("" if self.ranks > 1 else "alone")
+        self._tracked: dict[str, Any] = {}
+        self._with_rng = True
+        self._new_config = {key: encode(value, f"config {key}") for key, value in config.items()}
+        self._new_attachments: dict[str, bytes] = {}
+        self._recorded: dict[int | None, dict[str, Any]] = {}
+        self._step: int | None = None
+        self._loop: dict[str, Any] = {}
+        self._writer: Writer | None = None
+        self._restored_loop: dict[str, Any] = {}
+        self._loops: list[Steps | Batches] = []
+        self._pid = place.seam.pid()
+        self._forget_exit: Callable[[], None] = lambda: None
+
+    # what belongs to the run ---------------------------------------------------------------------------------------
+
+    def track(self, *, rng: bool = True, **objects: Any) -> Run:
+        """Names the objects whose state makes the run: modules, optimizers, anything with state_dict, generators,
+        or (getter, setter) pairs. The random state of Python, NumPy and the framework comes with it, unless `rng=False`.
+
+        Raises:
+            Unsupported: for bare arrays, pytrees and numbers, which callers rebind.
+        """
+        for name, target in objects.items():
+            if name in RESERVED:
+                raise UsageError(f"the name {name!r} is taken by everystep itself", do="track it under another name")
+            adapters.check_trackable(target, name)
+        self._tracked.update(objects)
+        self._with_rng = rng
+        return self
+
+    @property
+    def config(self) -> _Config:
+        """The run's configuration: a dict of plain values; what is set travels with the next save."""
+        return _Config(super().config, self._new_config)
+
+    def attach(self, name: str, data: bytes) -> Run:
+        """Keeps a file with the run (an architecture, a tokenizer); it travels with the next save."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise UsageError(f"the attachment {name!r} is not bytes", do="read the file first: open(path, 'rb').read()")
+        self._new_attachments[name] = bytes(data)
+        return self
+
+    def record(self, *, step: int | None = None, **metrics: Any) -> None:
+        """Metrics of this step (or of `step`); kept at once, converted to numbers at the next save."""
+        if len(self._recorded) >= self._vault.settings.series_steps_max:
+            oldest = next(iter(self._recorded))
+            del self._recorded[oldest]
+            self._warn(f"metrics of more than {len(self._recorded)} steps without a save: the oldest are dropped")
+        at = step if step is not None else self._step
+        self._recorded.setdefault(at, {}).update({name: rules.hold(value) for name, value in metrics.items()})
+
+    @property
+    def step(self) -> int | None:
+        """The step that the loop is at; None outside of one."""
+        return self._step
+
+    # save ----------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        *,
+        state: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+        reason: str = "by hand",
+    ) -> Saved:
+        """Copies the state and returns; a background thread encodes, writes and commits it.
+
+        Args:
+            step: completed updates.
+            state: an explicit nested state of arrays and plain values, beside what is tracked.
+            metrics: of exactly this step.
+
+        Returns:
+            A handle; `wait()` gives the durable Checkpoint.
+
+        Raises:
+            Unsupported: naming the path of what cannot be saved.
+            Error: what made an earlier save fail that nobody waited for.
+        """
+        begun = self._vault.seam.monotonic()
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise UsageError(f"a step is a count of completed updates, not {step!r}", do="save(1200)")
+        if state is None and not self._tracked:
+            raise UsageError("there is nothing to save", do="run.track(model=…, optimizer=…) first, or save(step, state=…)")
+        writer = self._open()
+        writer.raise_failed()
+        self._say_notices(writer)
+        if writer.busy:
+            if self._when_busy == "skip":
+                return Saved(step, None, None)
+            writer.wait()
+            writer.raise_failed()
+        taken = snapshot(self._capture(step, state), writer.arena, self._vault.settings)
+        own, extra = self._take_metrics(step, metrics or {})
+        if self._new_config:
+            extra.append(Config(dict(self._new_config)))
+            self._new_config.clear()
+        attachments, self._new_attachments = self._new_attachments, {}
+        now = self._vault.seam.monotonic()
+        return writer.submit(Job(step, taken, own, extra, attachments, reason, now - begun, now), self._by_id)
+
+    def _capture(self, step: int, state: Any) -> dict[str, Any]:
+        whole: dict[str, Any] = {
+            name: adapters.capture(target, name, self._tracked) for name, target in self._tracked.items()
+        }
+        if state is not None:
+            whole[STATE] = _with_roles(state)
+        if self._with_rng:
+            whole[RNG] = Roled("rng", adapters.random_state())
+        whole[LOOP] = Roled("rng", {**self._loop, "step": step})
+        return whole
+
+    def _take_metrics(self, step: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """Metrics of the step itself, and a series event for the steps since the last save."""
+        own = {**self._recorded.pop(None, {}), **self._recorded.pop(step, {}), **given}
+        plain = {name: encode_metric(rules.number(name, value), name) for name, value in own.items()}
+        rows = {at: row for at, row in self._recorded.items() if at is not None}
+        self._recorded = {}
+        return plain, [_series(rows)] if rows else []
+
+    def _by_id(self, id: str) -> Checkpoint:
+        history = self._history()
+        return self._checkpoint(history.commits[id])
+
+    # resume --------------------------------------------------------------------------------------------------------
+
+    def resume(self, *, strict: bool = True) -> int:
+        """Takes the run, puts the newest durable checkpoint into what is tracked, and answers its step; 0 if none.
+
+        A damaged newest checkpoint is left out with a warning, and the one before it used. `report` says what came in
+        and whether the continuation is exact.
+
+        Raises:
+            RunInUse: if another living process writes it.
+            Mismatch: if the checkpoint does not fit; nothing was changed.
+            Damaged: if no checkpoint of the line is whole.
+        """
+        writer = self._open()
+        history = self._history()
+        if history.damage_behind_latest:
+            self._warn_damaged(f"records {history.damage_behind_latest} of the log cannot be read; a newer checkpoint may be lost")
+        line = history.line()
+        for commit in reversed(line):
+            try:
+                return self._resume_from(writer, commit, strict)
+            except Damaged as error:
+                self._warn_damaged(f"the checkpoint of step {commit.event.step} is damaged, going back: {error}")
+        if line:
+            raise Damaged("no checkpoint of this run is whole", where=self._vault.where, do="run fsck for the details")
+        return 0
+
+    def _resume_from(self, writer: Writer, commit: Committed, strict: bool) -> int:
+        opened = open_checkpoint(self._vault, commit)
+        where = f"{self.name}@{commit.event.step}"
+        names = opened.names()
+        loop = opened.build(LOOP, like="saved") if LOOP in names else {}
+        random = opened.build(RNG, like="saved") if RNG in names and self._with_rng else {}
+        report = place_tracked(opened, self._tracked, strict=strict, whole=STATE not in names, where=where)
+        report.inexact += adapters.set_random_state(random)
+        then = self._history().opened.get(commit.term)
+        changed = differences(then.environment, fingerprint(self._vault.seam)) if then is not None else []
+        report.inexact += changed
+        if changed:
+            self._warn(f"resuming {where} in other surroundings, which can change bits: {'; '.join(changed)}")
+        self.report, self._restored_loop = report, loop
+        # A log with damage may hide what was condemned: then nothing is referenced.
+        writer.parent = commit.event.id
+        writer.known = Known() if self._history().damaged else Known.of(opened.manifest)
+        return commit.event.step
+
+    def _open(self) -> Writer:
+        """Takes the run, once."""
+        if self._writer is not None:
+            return self._writer
+        term = self._take_term()
+        process = self._vault.seam.process()
+        self._writer = Writer(
+            self._vault, term, rank=self.rank, ranks=self.ranks, author=f"{process.host}:{process.pid}"
+        )
+        self._forget_exit = self._vault.seam.at_exit(self._at_exit)
+        return self._writer
+
+    def _take_term(self) -> Term:
+        if self.rank != 0:
+            return join_run(self._vault, self._launch)
+        history = self._history()
+        process = self._vault.seam.process()
+        return take_run(
+            self._vault,
+            takeover=self._takeover,
+            launch=self._launch,
+            ranks=self.ranks,
+            environment=fingerprint(self._vault.seam),
+            continues=history.latest.event.id if history.latest else None,
+            reason="takeover" if self._takeover else "start",
+            author=f"{process.host}:{process.pid}",
+        )
+
+    # loops ---------------------------------------------------------------------------------------------------------
+
+    def steps(
+        self, total: int | None = None, *, save_every: int | None = None, save_on: rules.Rule | None = None, strict: bool = True
+    ) -> Steps:
+        """Resumes, and yields the steps that are left, up to `total`; saves at the loop's top when due, and at the last.
+
+        Args:
+            total: the last step; None for no end.
+            save_every: steps between saves.
+            save_on: a rule: everystep.every(…) | everystep.best("val_loss") | everystep.when(f).
+        """
+        loop = Steps(self, total, rules.union(save_every, save_on), strict)
+        self._loops.append(loop)
+        return loop
+
+    def batches(
+        self,
+        loader: Iterable[Any],
+        *,
+        epochs: int,
+        save_every: int | None = None,
+        save_on: rules.Rule | None = None,
+        strict: bool = True,
+    ) -> Batches:
+        """Resumes, and yields the batches that are left of `epochs` passes over a loader; each batch is one step.
+
+        Args:
+            loader: an ordinary DataLoader, shuffled or not, or any iterable that can be iterated again.
+            save_every: epochs between saves. Also in mid-epoch: save_on=everystep.every(100).
+        """
+        loop = Batches(self, loader, epochs, rules.union(save_every, save_on, epochs=True), strict)
+        self._loops.append(loop)
+        return loop
+
+    def stop(self, why: str = "stop") -> None:
+        """Ends the loop at its next top, after a save."""
+        self.stopped = why
+
+    # the end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits until all is durable and frees the run.
+
+        Raises:
+            Error: what made a save fail that nobody waited for.
+        """
+        for loop in self._loops:
+            loop.end()
+        self._forget_exit()
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        writer.close()
+        self._say_notices(writer)
+        writer.raise_failed()
+        if self.rank == 0:
+            _, extra = self._take_metrics(-1, {})
+            end = [*extra, Close(writer.term.nonce)]
+            self._append(lambda history: end if history.term == writer.term.number else None)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except Error as other:  # the error that is on its way says more
+            self._vault.seam.tell(f"everystep: {other}")
+
+    def _at_exit(self) -> None:
+        if self._vault.seam.pid() != self._pid:
+            return  # a forked child has no threads of its own
+        try:
+            self.close()
+        except Error as error:
+            self._vault.seam.tell(f"everystep: {error}")
+
+    def _say_notices(self, writer: Writer) -> None:
+        while writer.notices:
+            self._warn(writer.notices.pop(0))
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"run {self.name!r}: {text}", EverystepWarning, stacklevel=3)
+
+    def _warn_damaged(self, text: str) -> None:
+        warnings.warn(f"run {self.name!r}: {text}", DamageWarning, stacklevel=3)
+
+
+class _Config(dict[str, Any]):
+    """The configuration as it is; what is set goes into the next record."""
+
+    def __init__(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
+        super().__init__({**stored, **{name: decode(value) for name, value in new.items()}})
+        self._new = new
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._new[name] = encode(value, f"config {name}")
+        super().__setitem__(name, value)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
+
+
+def _with_roles(state: Any) -> Any:
+    """Top-level entries of an explicit state get their role from their name."""
+    if type(state) is not dict:
+        return state
+    return {
+        key: Roled(_ROLE_OF.get(key.lower(), "other") if isinstance(key, str) else "other", value)
+        for key, value in state.items()
+    }
+
+
+def _series(rows: dict[int, dict[str, Any]]) -> Series:
+    steps = sorted(rows)
+    names = sorted({name for row in rows.values() for name in row})
+    return Series(
+        steps,
+        {
+            name: [
+                encode_metric(rules.number(name, rows[step][name]), name) if name in rows[step] else None
+                for step in steps
+            ]
+            for name in names
+        },
+    )

@@ -1,0 +1,275 @@
+"""The background thread of a run: one save at a time, off the training thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError
+from everystep.save import commit as commits
+from everystep.save.commit import Condemned, Draft
+from everystep.save.part import Known, PartWriter, Stored
+from everystep.save.snapshot import Arena, Snapshot
+from everystep.vault import RunVault, Term
+from everystep.vault.names import PackName
+from everystep.vault.record import Attach, Cost, Metrics
+
+ATTACH_PIECE = 4 << 20
+
+
+@dataclass
+class Job:
+    """One save, handed from the training thread to the background: nothing of a framework is in it."""
+
+    step: int
+    snapshot: Snapshot
+    metrics: dict[str, Any]
+    extra: list[Any]
+    """Events that travel in the same record (configuration, series)."""
+    attachments: dict[str, bytes]
+    reason: str
+    stall_seconds: float
+    queued: float
+    saved: Saved = field(default_factory=lambda: Saved(0, None, None))
+
+
+class Saved:
+    """A save under way. `wait()` answers the durable checkpoint, or raises what went wrong."""
+
+    def __init__(self, step: int, condition: Any, finish: Callable[[str], Any] | None) -> None:
+        self.step = step
+        self._condition, self._finish = condition, finish
+        self._id: str | None = None
+        self._error: Error | None = None
+        self._done = condition is None
+        self.delivered = False
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    @property
+    def skipped(self) -> bool:
+        """True if an earlier save was still under way and the run was told to skip then."""
+        return self._condition is None
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """The durable Checkpoint; None for a skipped save.
+
+        Raises:
+            SaveAbandoned: if it takes longer than `timeout` seconds.
+            Error: what made the save fail.
+        """
+        if self._condition is None:
+            return None
+        with self._condition:
+            if not self._condition.wait_for(lambda: self._done, timeout):
+                raise SaveAbandoned(
+                    f"step {self.step} is not durable after {timeout:g} s", do="wait longer: it is still under way"
+                )
+        if self._error is not None:
+            self.delivered = True
+            raise self._error
+        return self._finish(self._id) if self._finish is not None and self._id is not None else None
+
+    def settle(self, id: str | None, error: Error | None) -> None:
+        with self._condition:
+            self._id, self._error, self._done = id, error, True
+            self._condition.notify_all()
+
+
+class Writer:
+    """Owns the term, the arena and the thread; remembers what the last checkpoint holds."""
+
+    def __init__(self, vault: RunVault, term: Term, *, rank: int, ranks: int, author: str) -> None:
+        self._vault, self.term, self._author = vault, term, author
+        self.rank, self.ranks = rank, ranks
+        self.parent: str | None = None
+        """Id of the checkpoint that the next one continues from."""
+        self.known = Known()
+        """What that checkpoint holds."""
+        self.arena = Arena()
+        self.notices: list[str] = []
+        self._condition = vault.seam.condition()
+        self._pool = vault.seam.pool(vault.settings.workers, "everystep-encode")
+        self._job: Job | None = None
+        self._failed: list[Saved] = []
+        self._lost: RunTakenOver | None = None
+        self._in_doubt: int | None = None
+        self._ended = False
+        self._last_step: int | None = None
+        self._thread = vault.seam.start(self._work, "everystep-save")
+
+    # the training thread's side
+
+    @property
+    def busy(self) -> bool:
+        return self._job is not None
+
+    def wait(self) -> None:
+        """Until nothing is under way."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._job is None)
+
+    def raise_failed(self) -> None:
+        """Raises, once, what went wrong in a save that nobody waited for; a lost run is told every time."""
+        while self._failed:
+            saved = self._failed.pop(0)
+            if not saved.delivered and saved._error is not None:
+                raise saved._error
+        if self._lost is not None:
+            raise self._lost
+
+    def submit(self, job: Job, finish: Callable[[str], Any]) -> Saved:
+        job.saved = Saved(job.step, self._condition, finish)
+        with self._condition:
+            self._job = job
+            self._condition.notify_all()
+        return job.saved
+
+    def close(self) -> None:
+        """Waits for what is under way and ends the threads."""
+        self.wait()
+        with self._condition:
+            self._ended = True
+            self._condition.notify_all()
+        self._thread.join()
+        self._pool.close()
+
+    # the background's side
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._job is not None or self._ended)
+                job = self._job
+            if job is None:
+                return
+            id, error = self._try(job)
+            if error is not None:
+                self._failed.append(job.saved)
+            job.saved.settle(id, error)
+            with self._condition:
+                self._job = None
+                self._condition.notify_all()
+            job = None
+
+    def _try(self, job: Job) -> tuple[str | None, Error | None]:
+        try:
+            if self._lost is not None:
+                raise self._lost
+            return self._save(job), None
+        except RunTakenOver as error:
+            self._lost = error
+            return None, error
+        except Error as error:
+            return None, error
+        except Exception as error:  # noqa: BLE001  whatever it is, the training thread must hear of it
+            wrapped = Error(f"a save failed unexpectedly: {error!r}", where=self._vault.where, do="report this")
+            wrapped.__cause__ = error
+            return None, wrapped
+
+    def _save(self, job: Job) -> str:
+        self._settle_doubt()
+        self.term.ordinal += 1
+        draft = Draft(
+            self._vault.seam.token(8), job.step, self.parent, job.metrics, self.term.ordinal, job.reason, self.ranks
+        )
+        try:
+            id, stored = self._write(job, draft)
+        except Condemned:
+            self.known = Known()
+            id, stored = self._write(job, replace(draft, id=self._vault.seam.token(8)))
+        if not stored.changed and self._last_step is not None and job.step > self._last_step:
+            self.notices.append(
+                f"step {job.step}: no byte of the state changed since step {self._last_step}; is it the state that trains?"
+            )
+        self._last_step, self.parent, self.known = job.step, id, stored.known
+        return id
+
+    def _write(self, job: Job, draft: Draft) -> tuple[str, Stored]:
+        """Encode and store, then commit: alone, as the coordinator, or as one of many ranks."""
+        clock = self._vault.seam.monotonic
+        begun = clock()
+        part = PartWriter(self._vault, self.term, self.known, self._pool)
+        part.write(job.snapshot, self.rank)
+        if self.rank != 0:
+            stored = part.close()
+            commits.put_receipt(self._vault, self.term, draft, self.rank, stored)
+            return commits.await_settled(self._vault, self.term, draft), stored
+        others = self._gather(draft) if self.ranks > 1 else []
+        content = "|".join([part.content, *(receipt.content for receipt in others)])
+        before = self.term.steps.get(job.step)
+        if before is not None and before[0] != content:
+            raise _saved_before(job.step, self._vault.where)
+        attached = {name: _attach(part, body) for name, body in job.attachments.items()}
+        stored, root, logical = commits.close_root(draft, part, others)
+        here = PackName(root.writer, root.number)
+        events = [*job.extra, *(_settled(name, *found, here) for name, found in attached.items())]
+        if before is not None:
+            return self._same_again(before[1], job, events), stored
+        write = part.write_seconds
+        cost = Cost(
+            job.stall_seconds, begun - job.queued, clock() - begun - write, write,
+            stored.raw_bytes + sum(receipt.raw_bytes for receipt in others),
+            stored.stored_bytes + sum(length for receipt in others for _, _, length in receipt.new),
+        )  # fmt: skip
+        stored.changed = stored.changed or any(receipt.changed for receipt in others)
+        commit = commits.commit_event(draft, self.term, stored, others, root, logical, cost)
+        self._append(lambda history: commits.decide_commit(history, self.term, commit, events, self._vault.where))
+        self.term.steps[job.step] = (content, draft.id)
+        return draft.id, stored
+
+    def _same_again(self, id: str, job: Job, events: list[Any]) -> str:
+        """The same content at the same step: the checkpoint that is there, with what is new beside it."""
+        late = [Metrics(id, job.metrics)] if job.metrics else []
+        if events or late:
+            self._append(lambda history: self._fenced(history, [*events, *late]))
+        return id
+
+    def _fenced(self, history: Any, events: list[Any]) -> list[Any]:
+        commits.check_fence(history, self.term, self._vault.where)
+        return events
+
+    def _gather(self, draft: Draft) -> list[commits.Receipt]:
+        try:
+            return commits.gather(self._vault, self.term, draft)
+        except SaveAbandoned as error:
+            commits.abandon(self._vault, self.term, draft, list(error.missing), self._author)
+            raise
+
+    def _append(self, decide: Callable[[Any], list[Any] | None]) -> None:
+        try:
+            self._vault.log.append(decide, self._author)
+        except StorageError:
+            self._in_doubt = self.term.ordinal
+            raise
+
+    def _settle_doubt(self) -> None:
+        """A record whose put failed may lie there all the same: then it is the parent of what comes now."""
+        if self._in_doubt is None:
+            return
+        id = self._vault.history().settled.get((self.term.nonce, self._in_doubt))
+        self._in_doubt = None
+        if id is not None:
+            self.parent = id
+
+
+def _saved_before(step: int, where: str) -> Conflict:
+    return Conflict(
+        f"step {step} is saved already, with another content",
+        where=where,
+        do="count a step up before you save again, or resume() first if you went back on purpose",
+    )
+
+
+def _attach(part: PartWriter, body: bytes) -> tuple[list[Any], int]:
+    pieces = [body[at : at + ATTACH_PIECE] for at in range(0, len(body), ATTACH_PIECE)]
+    return [part.page(piece) for piece in pieces], len(body)
+
+
+def _settled(name: str, pages: list[Any], nbytes: int, here: PackName) -> Attach:
+    return Attach(name, [commits.settle(page, here) for page in pages], nbytes)
+
+

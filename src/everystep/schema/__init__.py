@@ -1,0 +1,43 @@
+"""The shapes of things: leaf, dtype, box, tree, and how leaves lie in chunks. NumPy only."""
+
+from everystep.schema.box import Box
+from everystep.schema.layout import Chunk, Layout, Region, Stream, lay_out
+from everystep.schema.report import LoadReport
+from everystep.schema.tree import (
+    ROLES,
+    Composite,
+    Described,
+    Fields,
+    Leaf,
+    Part,
+    Roled,
+    Tree,
+    flatten,
+    join,
+    paths_of,
+    select,
+    unflatten,
+)
+
+__all__ = [
+    "ROLES",
+    "Box",
+    "Chunk",
+    "Composite",
+    "Described",
+    "Fields",
+    "Layout",
+    "Leaf",
+    "LoadReport",
+    "Part",
+    "Region",
+    "Roled",
+    "Stream",
+    "Tree",
+    "flatten",
+    "join",
+    "lay_out",
+    "paths_of",
+    "select",
+    "unflatten",
+]

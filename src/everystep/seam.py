@@ -1,0 +1,290 @@
+"""The one seam to the outside: files, clock, randomness, threads and processes come in through here."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Files:
+    """The operating system's file calls that local storage needs, one method each, so that tests can fail any of them."""
+
+    def create(self, path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def open_read(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return os.write(fd, data)
+
+    def read(self, fd: int, into: memoryview, offset: int) -> int:
+        return os.preadv(fd, [into], offset)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def rename(self, source: str, target: str) -> None:
+        os.rename(source, target)
+
+    def link(self, source: str, target: str) -> None:
+        os.link(source, target)
+
+    def unlink(self, path: str) -> None:
+        os.unlink(path)
+
+    def mkdir(self, path: str) -> None:
+        os.mkdir(path)
+
+    def fsync_folder(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def names(self, path: str) -> list[tuple[str, bool]]:
+        """(name, is a folder) of everything in a folder."""
+        with os.scandir(path) as entries:
+            return [(e.name, e.is_dir()) for e in entries]
+
+    def size(self, path: str) -> int:
+        return os.stat(path).st_size
+
+    def is_folder(self, path: str) -> bool:
+        return os.path.isdir(path)
+
+    def absolute(self, path: str) -> str:
+        return os.path.abspath(os.path.expanduser(path))
+
+    def read_text(self, path: str) -> str:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who is writing: enough to tell, on the same machine, whether that process still lives."""
+
+    host: str
+    machine: str
+    boot: str
+    pid: int
+    started: str
+
+
+class Pool:
+    """A fixed set of daemon threads; work may still be given while the interpreter shuts down, unlike to an executor."""
+
+    def __init__(self, workers: int, name: str) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+        """Results in the order of the items, at most `window` of them under way or unread; the first error ends it."""
+        pending: deque[Task[R]] = deque()
+        try:
+            for item in items:
+                task = Task(function, item)
+                self._jobs.put(task.run)
+                pending.append(task)
+                if len(pending) >= window:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for task in pending:
+                task.settle()
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+
+
+class Task:
+    """One call on its way through a pool."""
+
+    def __init__(self, function: Callable[[Any], Any], item: Any) -> None:
+        self._function, self._item = function, item
+        self._done = threading.Event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def __class_getitem__(cls, item: Any) -> Any:
+        return cls
+
+    def run(self) -> None:
+        try:
+            self._value = self._function(self._item)
+        except BaseException as error:  # noqa: BLE001  handed to whoever asks for the result
+            self._error = error
+        self._done.set()
+
+    def settle(self) -> None:
+        self._done.wait()
+
+    def result(self) -> Any:
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class Seam:
+    """The real outside. Tests hand in a subclass with another clock, other files or another process table."""
+
+    def __init__(self, files: Files | None = None) -> None:
+        self.files = files or Files()
+
+    # clock and chance
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.perf_counter()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def token(self, size: int) -> str:
+        """`size` random bytes, in hexadecimal."""
+        return os.urandom(size).hex()
+
+    # threads
+    def start(self, target: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def pool(self, workers: int, name: str) -> Pool:
+        return Pool(workers, name)
+
+    def condition(self) -> threading.Condition:
+        return threading.Condition()
+
+    def lock(self) -> Any:
+        return threading.RLock()
+
+    def in_main_thread(self) -> bool:
+        return threading.current_thread() is threading.main_thread()
+
+    # processes
+    def pid(self) -> int:
+        return os.getpid()
+
+    def process(self) -> Process:
+        namespace = _link("/proc/self/ns/pid")
+        return Process(
+            host=socket.gethostname(),
+            machine=_text("/etc/machine-id"),
+            boot=f"{_text('/proc/sys/kernel/random/boot_id')} {namespace}".strip(),
+            pid=os.getpid(),
+            started=_started(os.getpid()),
+        )
+
+    def is_gone(self, other: Process) -> bool:
+        """True only where this machine can know that the process does not exist any more."""
+        here = self.process()
+        if other.boot != here.boot:
+            return bool(here.machine) and other.machine == here.machine and other.boot[:36] != here.boot[:36]
+        if not here.boot and other.host != here.host:
+            return False
+        try:
+            os.kill(other.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+        return _started(other.pid) != other.started
+
+    def environ(self, name: str) -> str | None:
+        return os.environ.get(name)
+
+    def ask(self, *command: str, seconds: float = 3.0) -> str | None:
+        """What a command prints, or None where it is missing, fails or takes too long."""
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    def tell(self, line: str) -> None:
+        """A line for the person at the terminal."""
+        print(line, file=sys.stderr, flush=True)
+
+    # the end of the process
+    def at_exit(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Calls the function at exit; the answer takes that back."""
+        atexit.register(function)
+        return lambda: atexit.unregister(function)
+
+    def on_signals(self, stop: Callable[[str], None]) -> Callable[[], None]:
+        """Calls `stop(name)` on SIGTERM and SIGINT, then a handler of the user's that was there; a second signal
+        goes where the first would have gone without us. The answer takes that back."""
+        if not self.in_main_thread():
+            return lambda: None
+        before: dict[int, Any] = {}
+
+        def handle(number: int, frame: Any) -> None:
+            stop(signal.Signals(number).name)
+            earlier = before.get(number)
+            signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+            if callable(earlier) and earlier is not signal.default_int_handler:
+                earlier(number, frame)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, handle)
+
+        def restore() -> None:
+            for number, earlier in before.items():
+                if signal.getsignal(number) is handle:
+                    signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+
+        return restore
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _link(path: str) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> str:
+    """The kernel's start time of a process (ticks since boot): tells a reused pid from the process that had it."""
+    stat = _text(f"/proc/{pid}/stat")
+    return stat.rpartition(")")[2].split()[19] if stat else ""
+
+
+REAL = Seam()

@@ -1,0 +1,55 @@
+"""Every setting, once: its default, its unit, and why it is what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VERSION = "0.1.0"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What can be tuned. Pass one to `everystep.open(place, settings=Settings(...))`."""
+
+    chunk_bytes_max: int = 4 << 20
+    """Largest chunk: the unit that is hashed, encoded and read. Part of the format: written into each manifest."""
+
+    small_leaf_bytes: int = 1 << 20
+    """Boxes below this share chunks with others of the same role and dtype. Part of the format, as above."""
+
+    pack_bytes_max: int = 64 << 20
+    """A pack is closed when it reaches this; one PUT of at most 64 MiB needs no multipart upload."""
+
+    zstd_level: int = 1
+    """Level 1 of zstd: on byte planes of real weights, higher levels gain under .5 % and cost 3 times the time."""
+
+    sample_bytes: int = 64 << 10
+    """How much of a plane is tried before deciding whether compressing it pays."""
+
+    worth_ratio: float = 0.97
+    """A plane is stored raw unless its sample shrinks below this share."""
+
+    workers: int = 2
+    """Threads that encode and decode. On CPU-only training they contend with the training itself."""
+
+    put_attempts: int = 3
+    """How often an upload is tried, each time under a new name."""
+
+    retry_seconds: float = 0.05
+    """First pause between attempts; doubled each time."""
+
+    takeover_seconds: float = 600.0
+    """How long an owner that may be alive is waited for before its run is taken over."""
+
+    rank_deadline_seconds: float = 600.0
+    """How long the coordinator waits for the receipts of all ranks before it abandons a save."""
+
+    poll_seconds: float = 0.2
+    """Pause between two looks at the log or at receipts while waiting for somebody else."""
+
+    series_steps_max: int = 100_000
+    """Metrics of this many steps are held in memory between two saves; older ones are dropped with a warning."""
+
+
+DEFAULT = Settings()

@@ -1,0 +1,63 @@
+"""Named bytes in a place: six verbs, one file a kind of place, and the list of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, Union
+
+from everystep.errors import UsageError
+from everystep.seam import Seam
+from everystep.storage.local import LocalStorage
+from everystep.storage.memory import MemoryStorage
+
+Data = Union[bytes, bytearray, memoryview]
+
+
+class Storage(Protocol):
+    """A place. Keys are relative, with '/' between parts; no part is empty, '.' or '..'."""
+
+    url: str
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+        """Bytes [start, stop) of an object. Raises ObjectMissing; Damaged where the object ends before `stop`."""
+
+    def put(self, key: str, data: Iterable[Any]) -> None:
+        """Writes an object from pieces, durably and whole or not at all. The key must not have been used before."""
+
+    def put_new(self, key: str, data: bytes) -> None:
+        """Creates an object, durably and whole. Raises AlreadyExists if the key is taken, UnknownOutcome if the
+        acknowledgement was lost: then the object may or may not be there."""
+
+    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+        """Keys below a folder ('' or ending in '/'), sorted; with deep=False its entries, folders ending in '/'."""
+
+    def delete(self, key: str) -> None:
+        """Removes an object; no error if it is not there."""
+
+    def size(self, key: str) -> int:
+        """Length of an object in bytes. Raises ObjectMissing."""
+
+
+_KINDS: dict[str, Callable[[str, Seam], Any]] = {"file": LocalStorage, "memory": MemoryStorage.shared}
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)")
+
+
+def open_storage(place: str, seam: Seam) -> Any:
+    """The storage for a folder or URL.
+
+    Raises:
+        UsageError: for a URL whose scheme is not known.
+    """
+    match = _URL.fullmatch(place)
+    if match is None:
+        return LocalStorage(place, seam)
+    scheme, rest = match.groups()
+    if scheme not in _KINDS:
+        raise UsageError(
+            f"no storage for {scheme}://", where=place, do=f"give a folder, or a URL of {', '.join(sorted(_KINDS))}"
+        )
+    return _KINDS[scheme](rest, seam)
+
+
+__all__ = ["LocalStorage", "MemoryStorage", "Storage", "open_storage"]

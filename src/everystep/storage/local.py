@@ -1,0 +1,178 @@
+"""A folder on a local or shared file system, durable through a power cut."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from everystep.errors import AlreadyExists, Damaged, ObjectMissing, ReadOnly, StorageError, StorageFull
+from everystep.seam import Seam
+
+TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_PIECE = 8 << 20
+
+
+class LocalStorage:
+    """Objects as files. An object appears by rename or link of a file that was written and synced beside it.
+
+    Order on disk: data, fsync of the file, rename or link, fsync of the folder, and of every folder above it that
+    this process has not synced yet. A file whose fsync failed is never synced again: the next attempt is a new file.
+    """
+
+    def __init__(self, folder: str, seam: Seam) -> None:
+        self._files = seam.files
+        self._seam = seam
+        self.root = self._files.absolute(folder)
+        self.url = self.root
+        self._synced: set[str] = set()
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+        path = self._path(key)
+        with self._errors(key):
+            fd = self._files.open_read(path)
+            try:
+                end = self._files.size(path) if stop is None else stop
+                data = memoryview(bytearray(max(0, end - start)))
+                at = 0
+                while at < len(data):
+                    got = self._files.read(fd, data[at:], start + at)
+                    if got == 0:
+                        raise Damaged(f"the file ends at {start + at}, before {end}", where=path, do="run fsck")
+                    at += got
+            finally:
+                self._files.close(fd)
+        return data
+
+    def put(self, key: str, data: Iterable[Any]) -> None:
+        path = self._path(key)
+        with self._errors(key):
+            temporary = self._write(path, data)
+            self._files.rename(temporary, path)
+            self._files.fsync_folder(_parent(path))
+
+    def put_new(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self._errors(key):
+            temporary = self._write(path, [data])
+            try:
+                self._files.link(temporary, path)
+            except FileExistsError:
+                raise AlreadyExists("the file is there already", where=path) from None
+            finally:
+                self._discard(temporary)
+            self._files.fsync_folder(_parent(path))
+
+    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+        with self._errors(prefix):
+            try:
+                found = sorted(self._files.names(self._path(prefix.rstrip("/"))))
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, is_folder in found:
+            if name.startswith(TEMPORARY):
+                continue
+            if is_folder and deep:
+                yield from self.list(f"{prefix}{name}/")
+            else:
+                yield f"{prefix}{name}/" if is_folder else f"{prefix}{name}"
+
+    def delete(self, key: str) -> None:
+        with self._errors(key):
+            try:
+                self._files.unlink(self._path(key))
+            except FileNotFoundError:
+                return
+
+    def size(self, key: str) -> int:
+        with self._errors(key):
+            return self._files.size(self._path(key))
+
+    def _path(self, key: str) -> str:
+        if any(part in ("", ".", "..") for part in key.split("/")) and key:
+            raise StorageError(f"not a key: {key!r}", where=self.root)
+        return f"{self.root}/{key}" if key else self.root
+
+    def _write(self, path: str, data: Iterable[Any]) -> str:
+        """A synced temporary file beside the target."""
+        folder = _parent(path)
+        self._make(folder)
+        temporary = f"{folder}/{TEMPORARY}{self._seam.token(8)}"
+        fd = self._files.create(temporary)
+        try:
+            try:
+                for piece in data:
+                    self._write_all(fd, memoryview(piece).cast("B"))
+                self._files.fsync(fd)
+            finally:
+                self._files.close(fd)
+        except BaseException:
+            self._discard(temporary)
+            raise
+        return temporary
+
+    def _write_all(self, fd: int, view: memoryview) -> None:
+        at = 0
+        while at < len(view):
+            at += self._files.write(fd, view[at : at + _PIECE])
+
+    def _discard(self, temporary: str) -> None:
+        """Best effort: what is left over is invisible, and collection removes it."""
+        try:
+            self._files.unlink(temporary)
+        except OSError:
+            return
+
+    def _make(self, folder: str) -> None:
+        """Creates a folder and those above it, each synced into its parent once per process, whoever made it."""
+        if folder in self._synced:
+            return
+        parent = _parent(folder)
+        if folder != self.root and len(folder) > len(self.root):
+            self._make(parent)
+        elif not self._files.is_folder(parent):
+            self._make_above(parent)
+        try:
+            self._files.mkdir(folder)
+        except FileExistsError:
+            pass
+        self._files.fsync_folder(parent)
+        self._synced.add(folder)
+
+    def _make_above(self, folder: str) -> None:
+        parent = _parent(folder)
+        if not self._files.is_folder(parent):
+            self._make_above(parent)
+        try:
+            self._files.mkdir(folder)
+        except FileExistsError:
+            pass
+        self._files.fsync_folder(parent)
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        where = f"{self.root}/{key}"
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise ObjectMissing("no such file", where=where) from error
+        except OSError as error:
+            raise _typed(error, where) from error
+
+
+def _typed(error: OSError, where: str) -> StorageError:
+    what = error.strerror or str(error)
+    if error.errno in _FULL:
+        return StorageFull(
+            f"no space left: {what}", where=where, do="free space or move the repository; every earlier checkpoint is whole"
+        )
+    if error.errno in _READ_ONLY:
+        return ReadOnly(f"cannot write here: {what}", where=where, do="check the owner and the mount of this folder")
+    return StorageError(f"the file system failed: {what}", where=where, do="check the disk; earlier checkpoints are whole")
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0] or "/"

@@ -1,0 +1,62 @@
+"""A place in this process's memory: for tests, dry runs and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from everystep.errors import AlreadyExists, Damaged, ObjectMissing
+from everystep.seam import REAL, Seam
+
+_PLACES: dict[str, MemoryStorage] = {}
+
+
+class MemoryStorage:
+    """Objects in a dict. `memory://name` names the same place for everybody in this process."""
+
+    def __init__(self, name: str = "", seam: Seam | None = None) -> None:
+        self.url = f"memory://{name}"
+        self.objects: dict[str, bytes] = {}
+        self._lock = (seam or REAL).lock()
+
+    @staticmethod
+    def shared(name: str, seam: Seam) -> MemoryStorage:
+        return _PLACES.setdefault(name, MemoryStorage(name))
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+        whole = self._at(key)
+        if stop is not None and stop > len(whole):
+            raise Damaged(f"the object ends at {len(whole)}, before {stop}", where=f"{self.url}/{key}", do="run fsck")
+        return memoryview(whole)[start:stop]
+
+    def put(self, key: str, data: Iterable[Any]) -> None:
+        body = b"".join(data)
+        with self._lock:
+            self.objects[key] = body
+
+    def put_new(self, key: str, data: bytes) -> None:
+        with self._lock:
+            if key in self.objects:
+                raise AlreadyExists("the key is taken", where=f"{self.url}/{key}")
+            self.objects[key] = bytes(data)
+
+    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+        with self._lock:
+            keys = sorted(key for key in self.objects if key.startswith(prefix))
+        if not deep:
+            heads = {key[len(prefix) :].partition("/") for key in keys}
+            keys = sorted({prefix + head + slash for head, slash, _ in heads})
+        return iter(keys)
+
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self.objects.pop(key, None)
+
+    def size(self, key: str) -> int:
+        return len(self._at(key))
+
+    def _at(self, key: str) -> bytes:
+        try:
+            return self.objects[key]
+        except KeyError:
+            raise ObjectMissing("no such object", where=f"{self.url}/{key}") from None

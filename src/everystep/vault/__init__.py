@@ -1,0 +1,26 @@
+"""What lies on disk: packs, manifests, logs and tags; chunks in, verified chunks out."""
+
+from everystep.vault.history import Committed, History
+from everystep.vault.log import Log
+from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
+from everystep.vault.names import PackName, run_folder, run_name
+from everystep.vault.packs import PackWriter
+from everystep.vault.place import Place
+from everystep.vault.run import RunVault, Term
+
+__all__ = [
+    "Committed",
+    "History",
+    "Log",
+    "Manifest",
+    "PackName",
+    "PackWriter",
+    "PartView",
+    "Place",
+    "RunVault",
+    "Spot",
+    "Term",
+    "read_manifest",
+    "run_folder",
+    "run_name",
+]

@@ -1,0 +1,207 @@
+"""The state of a run as its log tells it: a pure fold over records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from everystep.errors import Damaged
+from everystep.schema import plain
+from everystep.vault import record as events
+from everystep.vault.names import PackName
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commit event and what its record says beside it."""
+
+    event: events.Commit
+    slot: int
+    term: int
+    time: float
+    author: str
+
+    def needs(self) -> set[PackName]:
+        return unroll(self.event.packs)
+
+
+@dataclass
+class History:
+    """Everything the log says, up to `slots` records; `genesis` is what the first record must chain to."""
+
+    genesis: str
+    slots: int = 0
+    head: str = ""
+    term: int = 0
+    nonce: str = ""
+    owner: events.Open | None = None
+    closed: bool = True
+    last_time: float = 0.0
+    opened: dict[int, events.Open] = field(default_factory=dict)
+    commits: dict[str, Committed] = field(default_factory=dict)
+    live: dict[str, None] = field(default_factory=dict)
+    settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
+    missing_ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    series: dict[int, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    attachments: dict[str, events.Attach] = field(default_factory=dict)
+    notes: list[tuple[str | None, str]] = field(default_factory=list)
+    condemned: set[PackName] = field(default_factory=set)
+    damaged: dict[int, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.head = self.head or self.genesis
+
+    @property
+    def latest(self) -> Committed | None:
+        """The newest live checkpoint, by the log's order."""
+        return self.commits[next(reversed(self.live))] if self.live else None
+
+    @property
+    def damage_behind_latest(self) -> list[int]:
+        """Damaged slots newer than the newest checkpoint: one of them may have been a newer checkpoint."""
+        newest = self.latest.slot if self.latest else -1
+        return [slot for slot in self.damaged if slot > newest]
+
+    def line(self, tip: str | None = None) -> list[Committed]:
+        """The live checkpoints that lead to a checkpoint (the newest, if None), oldest first."""
+        at = tip if tip is not None else (next(reversed(self.live)) if self.live else None)
+        found: list[Committed] = []
+        seen: set[str] = set()
+        while at is not None and at in self.commits and at not in seen:
+            seen.add(at)
+            if at in self.live:
+                found.append(self.commits[at])
+            at = self.commits[at].event.parent
+        return found[::-1]
+
+    def metrics_of(self, id: str) -> dict[str, Any]:
+        """Metrics of a checkpoint: those given at the save, then later ones."""
+        return {**{k: plain.decode(v) for k, v in self.commits[id].event.metrics.items()}, **self.metrics.get(id, {})}
+
+    # the fold ------------------------------------------------------------------------------------------------------
+
+    def lose(self, slot: int, why: str, head: str) -> None:
+        """Notes a slot that cannot be read."""
+        self.damaged[slot] = why
+        self.slots, self.head = slot + 1, head
+
+    def take(self, record: events.Record) -> None:
+        """Applies the next record."""
+        intact_before = (record.seq - 1) not in self.damaged
+        if intact_before and record.prev != self.head:
+            self.lose(record.seq, "does not continue the record before it", record.own)
+            return
+        self.slots, self.head, self.last_time = record.seq + 1, record.own, record.time
+        if record.term > self.term and not any(isinstance(event, events.Open) for event in record.events):
+            self.term, self.nonce, self.owner, self.closed = record.term, "", None, False  # its open record is damaged
+        for event in record.events:
+            self._apply(event, record)
+
+    def _apply(self, event: Any, record: events.Record) -> None:
+        handler = _HANDLERS.get(type(event))
+        if handler is not None:
+            handler(self, event, record)
+        else:
+            self.unknown.append(event.type)
+
+    def _open(self, event: events.Open, record: events.Record) -> None:
+        if record.term > self.term:
+            self.term, self.nonce, self.owner, self.closed = record.term, event.nonce, event, False
+            self.opened[record.term] = event
+
+    def _close(self, event: events.Close, record: events.Record) -> None:
+        self.closed = self.closed or event.nonce == self.nonce
+
+    def _commit(self, event: events.Commit, record: events.Record) -> None:
+        key = (event.nonce, event.ordinal)
+        if record.term < self.term or key in self.settled or event.id in self.commits:
+            self.damaged[record.seq] = "commits what a fenced process or an earlier record had settled"
+            return
+        self.settled[key] = event.id
+        self.commits[event.id] = Committed(event, record.seq, record.term, record.time, record.author)
+        self.live[event.id] = None
+
+    def _abandon(self, event: events.Abandon, record: events.Record) -> None:
+        self.settled.setdefault((event.nonce, event.ordinal), None)
+        self.missing_ranks[(event.nonce, event.ordinal)] = event.missing
+
+    def _retire(self, event: events.Retire, record: events.Record) -> None:
+        for id in event.ids:
+            self.live.pop(id, None)
+
+    def _restore(self, event: events.Restore, record: events.Record) -> None:
+        again = {*self.live, *(id for id in event.ids if id in self.commits)}
+        self.live = {id: None for id in self.commits if id in again}
+
+    def _tag(self, event: events.Tag, record: events.Record) -> None:
+        if event.id is None:
+            self.tags.pop(event.name, None)
+        else:
+            self.tags[event.name] = event.id
+
+    def _metrics(self, event: events.Metrics, record: events.Record) -> None:
+        self.metrics.setdefault(event.id, {}).update({k: plain.decode(v) for k, v in event.metrics.items()})
+
+    def _series(self, event: events.Series, record: events.Record) -> None:
+        for name, column in event.columns.items():
+            for step, value in zip(event.steps, column):
+                if value is not None:
+                    self.series.setdefault(step, {})[name] = plain.decode(value)
+
+    def _config(self, event: events.Config, record: events.Record) -> None:
+        self.config.update(event.changes)
+
+    def _attach(self, event: events.Attach, record: events.Record) -> None:
+        self.attachments[event.name] = event
+
+    def _note(self, event: events.Note, record: events.Record) -> None:
+        self.notes.append((event.id, event.text))
+
+    def _gc(self, event: events.Gc, record: events.Record) -> None:
+        self.condemned |= unroll(event.condemned)
+
+
+_HANDLERS: dict[type[Any], Any] = {
+    events.Open: History._open,
+    events.Close: History._close,
+    events.Commit: History._commit,
+    events.Abandon: History._abandon,
+    events.Retire: History._retire,
+    events.Restore: History._restore,
+    events.Tag: History._tag,
+    events.Metrics: History._metrics,
+    events.Series: History._series,
+    events.Config: History._config,
+    events.Attach: History._attach,
+    events.Note: History._note,
+    events.Gc: History._gc,
+}
+
+
+PACKS_MAX = 10_000_000
+
+
+def unroll(ranges: list[events.PackRange]) -> set[PackName]:
+    """
+    Raises:
+        Damaged: for ranges that no real repository has.
+    """
+    if any(not 0 <= r.first <= r.last for r in ranges) or sum(r.last - r.first + 1 for r in ranges) > PACKS_MAX:
+        raise Damaged("a record names an impossible range of packs", do="run fsck")
+    return {PackName(r.writer, n) for r in ranges for n in range(r.first, r.last + 1)}
+
+
+def roll_up(packs: set[PackName]) -> list[events.PackRange]:
+    """Packs as ranges: a record that names them stays small."""
+    ranges: list[events.PackRange] = []
+    for pack in sorted(packs):
+        last = ranges[-1] if ranges else None
+        if last is not None and last.writer == pack.writer and last.last + 1 == pack.number:
+            ranges[-1] = last._replace(last=pack.number)
+        else:
+            ranges.append(events.PackRange(pack.writer, pack.number, pack.number))
+    return ranges

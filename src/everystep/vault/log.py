@@ -1,0 +1,137 @@
+"""The log of a run: read it, and append to it by creating the next slot, which is the decision about the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from blake3 import blake3
+
+from everystep.errors import AlreadyExists, Damaged, ObjectMissing, RunTakenOver, StorageError, UnknownOutcome
+from everystep.seam import Seam
+from everystep.settings import Settings
+from everystep.vault.history import History
+from everystep.vault.lines import digest
+from everystep.vault.names import record_key
+from everystep.vault.record import pack_record, unpack_record
+
+Decide = Callable[[History], "list[Any] | None"]
+
+
+class Log:
+    """One run's log. Keeps its fold in memory: a commit costs one put, no list and no get."""
+
+    def __init__(self, storage: Any, folder: str, genesis: str, seam: Seam, settings: Settings) -> None:
+        self._storage, self._folder, self._seam, self._settings = storage, folder, seam, settings
+        self._genesis = blake3(f"{genesis} {folder}".encode()).hexdigest()
+        self._lock = seam.lock()
+        self._listed = False
+        self.history = History(self._genesis)
+
+    def refresh(self) -> History:
+        """Reads what was added since the last look. A slot that is missing while a later one is there is damage."""
+        with self._lock:
+            if not self._listed:
+                self._read_all()
+                self._listed = True
+            while self._read_next():
+                pass
+            return self.history
+
+    def forget(self) -> None:
+        """Starts over with an empty fold, as a new process would."""
+        with self._lock:
+            self.history, self._listed = History(self._genesis), False
+
+    def _read_all(self) -> None:
+        keys = list(self._storage.list(f"{self._folder}log/"))
+        slots = [int(name) for name in (key.rpartition("/")[2] for key in keys) if name.isdigit() and len(name) == 20]
+        for slot in range(self.history.slots, max(slots, default=-1) + 1):
+            if not self._read_next():
+                self.history.lose(slot, "the record is missing", "")
+
+    def _read_next(self) -> bool:
+        slot = self.history.slots
+        key = record_key(self._folder, slot)
+        try:
+            data = self._storage.get(key)
+        except ObjectMissing:
+            return False
+        try:
+            record = unpack_record(data, slot, f"{self._storage.url}/{key}")
+            self.history.take(record)
+        except Damaged as error:
+            self.history.lose(slot, error.what, digest(data))
+        return True
+
+    def append(self, decide: Decide, author: str) -> History:
+        """Asks `decide(history)` for events until one of its decisions has become the next record.
+
+        `decide` answers None when there is nothing to do any more, and raises to refuse. It is asked again each time
+        somebody else was first.
+
+        Raises:
+            StorageError: if the place failed. The record may then still be there; the next append finds out.
+        """
+        with self._lock:
+            if not self._listed:
+                self.refresh()
+            while True:
+                events = decide(self.history)
+                if not events:
+                    return self.history
+                if self._put(events, author):
+                    self._read_next_own()
+                    return self.history
+                self.refresh()
+
+    def _put(self, events: list[Any], author: str) -> bool:
+        """True if the record lies in the next slot, False if another one does."""
+        history = self.history
+        if history.unknown:
+            raise RunTakenOver(
+                f"the log holds events that this everystep does not know: {', '.join(sorted(set(history.unknown)))}",
+                where=self._folder,
+                do="update everystep before writing to this run; reading still works",
+            )
+        nonce = self._seam.token(16)
+        term = max([history.term, *(event.term for event in events if isinstance(event, OpenTerm))])
+        plain = [event.event if isinstance(event, OpenTerm) else event for event in events]
+        self._own = pack_record(history.slots, history.head, term, nonce, self._seam.now(), author, plain)
+        key = record_key(self._folder, history.slots)
+        pause = self._settings.retry_seconds
+        for attempt in range(self._settings.put_attempts):
+            try:
+                self._storage.put_new(key, self._own)
+                return True
+            except AlreadyExists:
+                return self._is_own(key)
+            except UnknownOutcome:
+                if self._landed(key):
+                    return self._is_own(key)
+                if attempt + 1 == self._settings.put_attempts:
+                    raise
+            self._seam.sleep(pause)
+            pause *= 2
+        raise StorageError("no attempt was made", do="set put_attempts to 1 or more")
+
+    def _landed(self, key: str) -> bool:
+        try:
+            self._storage.size(key)
+        except ObjectMissing:
+            return False
+        return True
+
+    def _is_own(self, key: str) -> bool:
+        return bytes(self._storage.get(key)) == self._own
+
+    def _read_next_own(self) -> None:
+        record = unpack_record(self._own, self.history.slots, self._folder)
+        self.history.take(record)
+
+
+class OpenTerm:
+    """An `open` event on its way into the log, with the term that it takes."""
+
+    def __init__(self, event: Any, term: int) -> None:
+        self.event, self.term = event, term

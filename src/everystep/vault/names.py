@@ -1,0 +1,59 @@
+"""Keys: where each kind of object lies. Names are never reused."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from everystep.errors import UsageError
+
+FORMAT_KEY = "format.json"
+_PLAIN = re.compile(r"[A-Za-z0-9_-]")
+_NAME_BYTES_MAX = 180
+
+
+class PackName(NamedTuple):
+    """`writer` is '<128 random bits>-<term>'; `number` counts every attempt of that writer."""
+
+    writer: str
+    number: int
+
+
+def run_folder(name: str) -> str:
+    """The folder of a run, 'runs/<escaped name>/'.
+
+    Raises:
+        UsageError: for an empty or overlong name.
+    """
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"a run needs a name, not {name!r}", do='for example repo.run("resnet")')
+    raw = name.encode("utf-8", "surrogatepass")
+    escaped = "".join(
+        chr(byte) if _PLAIN.match(chr(byte)) or (byte == 0x2E and at > 0) else f"%{byte:02X}"
+        for at, byte in enumerate(raw)
+    )
+    if len(escaped) > _NAME_BYTES_MAX:
+        raise UsageError(
+            f"a run name of {len(escaped)} bytes is too long for a folder",
+            where=f"{name[:40]}…",
+            do=f"use at most {_NAME_BYTES_MAX} bytes; put the rest into run.config",
+        )
+    return f"runs/{escaped}/"
+
+
+def run_name(folder: str) -> str:
+    """The run whose folder this is: the inverse of `run_folder`."""
+    return unquote(folder.rstrip("/").rpartition("/")[2], errors="surrogatepass")
+
+
+def record_key(folder: str, slot: int) -> str:
+    return f"{folder}log/{slot:020d}"
+
+
+def pack_key(folder: str, pack: PackName) -> str:
+    return f"{folder}packs/{pack.writer}/{pack.number}"
+
+
+def receipt_key(folder: str, term: int, rank: int, ordinal: int) -> str:
+    return f"{folder}save/{term}/{rank}/{ordinal}"

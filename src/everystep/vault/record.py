@@ -1,0 +1,202 @@
+"""A record of a run's log: a numbered list of events, chained to the record before it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Union
+
+import msgspec
+
+from everystep.errors import Damaged
+from everystep.settings import FORMAT
+from everystep.vault.lines import digest, pack_lines, parse_json, unpack_lines
+
+
+class PackRange(NamedTuple):
+    """Packs `first` … `last` of one writer."""
+
+    writer: str
+    first: int
+    last: int
+
+
+class Where(msgspec.Struct, array_like=True, frozen=True):
+    """Bytes of a manifest page: which pack, where in it, how encoded, and the BLAKE3 of the plain bytes."""
+
+    writer: str
+    number: int
+    offset: int
+    length: int
+    nbytes: int
+    codec: int
+    blake3: str
+
+
+class Cost(msgspec.Struct, frozen=True):
+    """What a save cost: seconds of each stage; bytes of the state and bytes newly stored."""
+
+    stall_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+
+
+class Open(msgspec.Struct, tag="open", frozen=True):
+    """A process takes the run: from here on lower terms may not write."""
+
+    nonce: str
+    launch: str
+    ranks: int
+    process: dict[str, Any]
+    environment: dict[str, Any]
+    continues: Union[str, None]
+    reason: str
+
+
+class Close(msgspec.Struct, tag="close", frozen=True):
+    """The owner ended as it should: the run is free."""
+
+    nonce: str
+
+
+class Commit(msgspec.Struct, tag="commit", frozen=True):
+    """A checkpoint. `nonce` and `ordinal` name the save, so that a repeated one is committed once."""
+
+    id: str
+    step: int
+    parent: Union[str, None]
+    root: Where
+    logical: str
+    metrics: dict[str, Any]
+    packs: list[PackRange]
+    nonce: str
+    ordinal: int
+    cost: Cost = Cost()
+    ranks: int = 1
+    reason: str = ""
+
+
+class Abandon(msgspec.Struct, tag="abandon", frozen=True):
+    """A save that was given up, and the ranks that did not deliver."""
+
+    nonce: str
+    ordinal: int
+    step: int
+    missing: list[int]
+
+
+class Retire(msgspec.Struct, tag="retire", frozen=True):
+    ids: list[str]
+    reason: str = ""
+
+
+class Restore(msgspec.Struct, tag="restore", frozen=True):
+    ids: list[str]
+
+
+class Tag(msgspec.Struct, tag="tag", frozen=True):
+    """`id` None takes the tag away."""
+
+    name: str
+    id: Union[str, None]
+
+
+class Metrics(msgspec.Struct, tag="metrics", frozen=True):
+    """Metrics of a checkpoint that came after its save."""
+
+    id: str
+    metrics: dict[str, Any]
+
+
+class Series(msgspec.Struct, tag="series", frozen=True):
+    """Metrics of steps: columns of equal length; None where a step had no such metric."""
+
+    steps: list[int]
+    columns: dict[str, list[Any]]
+
+
+class Config(msgspec.Struct, tag="config", frozen=True):
+    """Keys that the run's configuration gained or changed."""
+
+    changes: dict[str, Any]
+
+
+class Attach(msgspec.Struct, tag="attach", frozen=True):
+    name: str
+    where: list[Where]
+    nbytes: int
+
+
+class Note(msgspec.Struct, tag="note", frozen=True):
+    text: str
+    id: Union[str, None] = None
+
+
+class Gc(msgspec.Struct, tag="gc", frozen=True):
+    condemned: list[PackRange]
+
+
+class Unknown(NamedTuple):
+    """An event of a newer everystep: readers skip it, writers and collectors refuse."""
+
+    type: str
+
+
+_EVENTS: tuple[type[Any], ...] = (
+    Open, Close, Commit, Abandon, Retire, Restore, Tag, Metrics, Series, Config, Attach, Note, Gc,
+)  # fmt: skip
+_BY_TAG = {kind.__struct_config__.tag: kind for kind in _EVENTS}
+Event = Union[Open, Close, Commit, Abandon, Retire, Restore, Tag, Metrics, Series, Config, Attach, Note, Gc, Unknown]
+
+
+class _Body(msgspec.Struct, frozen=True):
+    v: int
+    seq: int
+    prev: str
+    term: int
+    nonce: str
+    time: float
+    author: str
+    events: list[msgspec.Raw]
+
+
+class _Kind(msgspec.Struct):
+    type: str
+
+
+class Record(NamedTuple):
+    """`prev` is the BLAKE3 of the previous record's first line; `own` that of this one's."""
+
+    seq: int
+    prev: str
+    term: int
+    nonce: str
+    time: float
+    author: str
+    events: list[Any]
+    own: str
+
+
+def pack_record(seq: int, prev: str, term: int, nonce: str, time: float, author: str, events: list[Any]) -> bytes:
+    raw = [msgspec.Raw(msgspec.json.encode(event)) for event in events]
+    return pack_lines(_Body(FORMAT, seq, prev, term, nonce, time, author, raw))
+
+
+def unpack_record(data: bytes | memoryview, seq: int, where: str) -> Record:
+    """
+    Raises:
+        Damaged: if the bytes are not a whole record for this slot.
+    """
+    body = unpack_lines(data, _Body, where)
+    if body.seq != seq:
+        raise Damaged(f"record {body.seq} lies in slot {seq}", where=where, do="run fsck: two files were swapped")
+    events = [_event(raw, where) for raw in body.events]
+    return Record(seq, body.prev, body.term, body.nonce, body.time, body.author, events, digest(data))
+
+
+def _event(raw: msgspec.Raw, where: str) -> Any:
+    kind = _BY_TAG.get(parse_json(memoryview(raw), _Kind, where).type)
+    if kind is None:
+        return Unknown(parse_json(memoryview(raw), _Kind, where).type)
+    return parse_json(memoryview(raw), kind, where)

@@ -1,0 +1,147 @@
+"""One run in a repository: its log, the term a process holds in it, and verified reading of pages and chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from everystep import codecs
+from everystep.errors import Damaged
+from everystep.seam import Pool
+from everystep.vault.history import Committed, History
+from everystep.vault.log import Log, OpenTerm
+from everystep.vault.manifest import NO_BASE, Manifest, PartView, Spot, read_manifest
+from everystep.vault.names import PackName, pack_key, run_folder
+from everystep.vault.place import Place
+from everystep.vault.record import Open, Where
+
+READ_BYTES_MAX = 16 << 20
+GAP_BYTES_MAX = 64 << 10
+PAGE_BYTES_MAX = 1 << 28
+
+
+@dataclass
+class Term:
+    """What a writing process holds: the number and nonce of its term, and the counters behind its names."""
+
+    number: int
+    nonce: str
+    writer: str
+    packs: int = 0
+    ordinal: int = 0
+    steps: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """step -> (content, checkpoint id) of what this term has committed."""
+
+    def next_pack(self) -> int:
+        self.packs += 1
+        return self.packs - 1
+
+
+class RunVault:
+    """What one run has on disk. Reading never writes; only `open_term` takes the run."""
+
+    def __init__(self, place: Place, name: str) -> None:
+        self.place, self.name = place, name
+        self.storage, self.seam, self.settings = place.storage, place.seam, place.settings
+        self.folder = run_folder(name)
+        self._log: Log | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.storage.url}/{self.folder}".rstrip("/")
+
+    @property
+    def log(self) -> Log:
+        """The run's log; asking for it creates the repository."""
+        if self._log is None:
+            self._log = Log(self.storage, self.folder, self.place.identity(), self.seam, self.settings)
+        return self._log
+
+    def history(self) -> History:
+        """The fold of the log as it is now; an empty one where there is no repository yet."""
+        return self.log.refresh() if self.place.exists else History("")
+
+    def open_term(self, event: Callable[[History], Open], author: str) -> Term:
+        """Takes the run: every lower term is fenced from here on."""
+        taken: list[OpenTerm] = []
+
+        def decide(history: History) -> list[Any]:
+            # A damaged record behind the last whole one may have opened a term: stay above it.
+            number = history.term + 1 + len(history.damage_behind_latest)
+            taken.append(OpenTerm(event(history), number))
+            return [taken[-1]]
+
+        self.log.append(decide, author)
+        won = taken[-1]
+        return Term(won.term, won.event.nonce, f"{self.seam.token(16)}-{won.term}")
+
+    # reading -------------------------------------------------------------------------------------------------------
+
+    def manifest(self, commit: Committed) -> Manifest:
+        return read_manifest(commit.event, self.read_pages, f"{self.where} checkpoint {commit.event.id}")
+
+    def read_pages(self, pages: Sequence[Where], where: str) -> bytes:
+        """The plain bytes of manifest pages, each checked against its BLAKE3."""
+        out = bytearray()
+        for page in pages:
+            if not 0 <= page.nbytes <= PAGE_BYTES_MAX:
+                raise Damaged("a manifest page of an impossible size", where=where, do="run fsck")
+            key = pack_key(self.folder, PackName(page.writer, page.number))
+            stored = self.storage.get(key, page.offset, page.offset + page.length)
+            data = codecs.decode(page.codec, stored, page.nbytes)
+            if blake3(data).hexdigest() != page.blake3:
+                raise Damaged("a manifest page is damaged", where=f"{self.storage.url}/{key}", do="run fsck")
+            out += memoryview(data)
+        return bytes(out)
+
+    def read_chunks(
+        self, view: PartView, indices: Sequence[int], pool: Pool
+    ) -> Iterator[list[tuple[int, np.ndarray[Any, Any]]]]:
+        """Verified plain bytes of chunks, in groups that lie together and are read in one piece, in parallel."""
+        spots = [(view.spot(index), index) for index in indices]
+        groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset))))
+        yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
+
+    def _read_group(
+        self, view: PartView, group: list[tuple[Spot, int]]
+    ) -> list[tuple[int, np.ndarray[Any, Any]]]:
+        first, last = group[0][0], max(spot.offset + spot.length for spot, _ in group)
+        key = pack_key(self.folder, first.pack)
+        stored = self.storage.get(key, first.offset, last)
+        out = []
+        for spot, index in group:
+            at = spot.offset - first.offset
+            data = _decode(stored[at : at + spot.length], spot, view.layout.chunks[index].nbytes)
+            if blake3(data).digest() != view.hashes[index].tobytes():
+                raise Damaged(
+                    f"chunk {index} is not what was saved",
+                    where=f"{self.storage.url}/{key} at {spot.offset}",
+                    do="run fsck to see which checkpoints are whole, and load one of them",
+                )
+            out.append((index, data))
+        return out
+
+
+def _decode(stored: memoryview, spot: Spot, nbytes: int) -> np.ndarray[Any, Any]:
+    if spot.base != NO_BASE or spot.depth:
+        raise Damaged("a chunk that leans on another, which this everystep cannot read", do="update everystep")
+    return codecs.decode(spot.codec, stored, nbytes)
+
+
+def _coalesce(spots: list[tuple[Spot, int]]) -> Iterator[list[tuple[Spot, int]]]:
+    group: list[tuple[Spot, int]] = []
+    for spot, index in spots:
+        if group:
+            first, last = group[0][0], group[-1][0]
+            apart = spot.offset - (last.offset + last.length)
+            whole = spot.offset + spot.length - first.offset
+            if spot.pack != first.pack or apart > GAP_BYTES_MAX or whole > READ_BYTES_MAX:
+                yield group
+                group = []
+        group.append((spot, index))
+    if group:
+        yield group
