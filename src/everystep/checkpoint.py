@@ -120,9 +120,7 @@ class Checkpoint:
             return self._load_all(opened, base, like, types, progress)
         if isinstance(only, str):
             return opened.build(_below(base, only), like=like, types=types, progress=progress)
-        return {
-            path: opened.build(_below(base, path), like=like, types=types, progress=progress) for path in only
-        }
+        return {path: opened.build(_below(base, path), like=like, types=types, progress=progress) for path in only}
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every byte; the number of bytes.
@@ -169,7 +167,9 @@ class Checkpoint:
 
     def _base(self, opened: Opened) -> str:
         """A checkpoint of an explicit state alone is that state; one of tracked objects is a dict of them."""
-        return STATE if not [name for name in opened.names() if name not in RESERVED] and STATE in opened.names() else ""
+        return (
+            STATE if not [name for name in opened.names() if name not in RESERVED] and STATE in opened.names() else ""
+        )
 
     def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
         if base:
@@ -188,9 +188,14 @@ def check_tag(name: str) -> None:
     Raises:
         UsageError: for a name that could not be told from a step, or that means something already.
     """
-    if not name or name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
+    if (
+        not name
+        or name.isdigit()
+        or name == "latest"
+        or name.startswith("best:")
+        or "@" in name
+        or not name.isprintable()
+    ):
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )
-
-

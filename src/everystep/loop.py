@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 class _Loop:
     """What both loops share: when to save, stopping, signals."""
 
-    def __init__(self, run: Run, rule: rules.Rule, strict: bool) -> None:
+    def __init__(self, run: Run, rule: rules.AnyOf, strict: bool) -> None:
         self._run, self._rule = run, rule
-        if not run._tracked and rule.metrics() | (rule.__dict__.get("rules") and {"": ""} or {}):
+        if rule.rules and not run._tracked:
             raise UsageError(
                 "a loop that saves by itself needs to know what",
-                do="run.track(model=…, optimizer=…) before the loop; or no save_every=, and run.save(step, state=…) in it",
+                do="run.track(model=…) before the loop; or leave save_every= out, and run.save(step, state=…) in it",
             )
         run.stopped = None
         self.step = run.resume(strict=strict)
@@ -85,7 +85,7 @@ def _watch_signals(run: Run) -> Any:
 class Steps(_Loop):
     """Yields first … total; see `Run.steps`. It has resumed when it exists, before the first step is asked for."""
 
-    def __init__(self, run: Run, total: int | None, rule: rules.Rule, strict: bool) -> None:
+    def __init__(self, run: Run, total: int | None, rule: rules.AnyOf, strict: bool) -> None:
         if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total < 0):
             raise UsageError(f"steps({total!r}): the total is a count of steps", do="run.steps(10_000, save_every=100)")
         self._total = total
@@ -114,7 +114,7 @@ class Steps(_Loop):
 class Batches(_Loop):
     """Yields the batches that are left; see `Run.batches`. Each is one step; `epoch` counts from 1."""
 
-    def __init__(self, run: Run, loader: Iterable[Any], epochs: int, rule: rules.Rule, strict: bool) -> None:
+    def __init__(self, run: Run, loader: Iterable[Any], epochs: int, rule: rules.AnyOf, strict: bool) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise UsageError(f"batches(epochs={epochs!r}): a count of passes over the data", do="epochs=10")
         self._source = loaders.source(loader)
@@ -126,7 +126,7 @@ class Batches(_Loop):
         self._begun: dict[str, Any] | None = where.get("begun")
         if self.step and "epochs_done" not in where:
             raise UsageError(
-                f"step {self.step} of run {run.name!r} was not saved by batches(): where in the data it was is not known",
+                f"step {self.step} of run {run.name!r} was not saved by batches(), its place in the data is unknown",
                 do="go on with run.steps(…), as it was saved",
             )
         if self._begun is not None and run.report is not None:

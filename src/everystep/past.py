@@ -133,7 +133,9 @@ class PastRun:
     def tags(self) -> dict[str, Checkpoint]:
         history = self._history()
         return {
-            name: self._checkpoint(history.commits[id]) for name, id in sorted(history.tags.items()) if id in history.live
+            name: self._checkpoint(history.commits[id])
+            for name, id in sorted(history.tags.items())
+            if id in history.live
         }
 
     @property
@@ -207,5 +209,3 @@ class PastRun:
 def _records(slots: list[int]) -> str:
     shown = ", ".join(str(slot) for slot in slots[:5])
     return f"record{'s' if len(slots) > 1 else ''} {shown}{' and more' if len(slots) > 5 else ''}"
-
-

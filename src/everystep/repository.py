@@ -97,7 +97,7 @@ class Repository:
         return check_repository(self._place, data=data, progress=progress)
 
 
-def open(place: str, *, settings: Settings | None = None, seam: Seam | None = None) -> Repository:  # noqa: A001
+def open(place: str, *, settings: Settings | None = None, seam: Seam | None = None) -> Repository:
     """A repository in a folder or at a URL. Nothing is written before the first save.
 
     Args:

@@ -162,7 +162,7 @@ def when(function: Callable[[Moment], Any]) -> Rule:
     return When(function)
 
 
-def union(save_every: int | None, save_on: Rule | None, *, epochs: bool = False) -> Rule:
+def union(save_every: int | None, save_on: Rule | None, *, epochs: bool = False) -> AnyOf:
     """The rule for `save_every=` (steps, or epochs) and `save_on=` together."""
     rules: list[Rule] = []
     if save_every is not None:
@@ -170,7 +170,8 @@ def union(save_every: int | None, save_on: Rule | None, *, epochs: bool = False)
     if save_on is not None:
         if not isinstance(save_on, Rule):
             raise UsageError(
-                f"save_on={save_on!r} is not a rule", do='everystep.every(…) | everystep.best("val_loss") | everystep.when(f)'
+                f"save_on={save_on!r} is not a rule",
+                do='everystep.every(…) | everystep.best("val_loss") | everystep.when(f)',
             )
         rules.append(save_on)
     return AnyOf(rules)

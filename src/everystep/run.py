@@ -74,7 +74,7 @@ class Run(PastRun):
 
     def track(self, *, rng: bool = True, **objects: Any) -> Run:
         """Names the objects whose state makes the run: modules, optimizers, anything with state_dict, generators,
-        or (getter, setter) pairs. The random state of Python, NumPy and the framework comes with it, unless `rng=False`.
+        or (getter, setter) pairs. The random state of Python, NumPy and the framework comes along, unless `rng=False`.
 
         Raises:
             Unsupported: for bare arrays, pytrees and numbers, which callers rebind.
@@ -141,7 +141,9 @@ class Run(PastRun):
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise UsageError(f"a step is a count of completed updates, not {step!r}", do="save(1200)")
         if state is None and not self._tracked:
-            raise UsageError("there is nothing to save", do="run.track(model=…, optimizer=…) first, or save(step, state=…)")
+            raise UsageError(
+                "there is nothing to save", do="run.track(model=…, optimizer=…) first, or save(step, state=…)"
+            )
         writer = self._open()
         writer.raise_failed()
         self._say_notices(writer)
@@ -198,7 +200,9 @@ class Run(PastRun):
         writer = self._open()
         history = self._history()
         if history.damage_behind_latest:
-            self._warn_damaged(f"records {history.damage_behind_latest} of the log cannot be read; a newer checkpoint may be lost")
+            self._warn_damaged(
+                f"records {history.damage_behind_latest} of the log cannot be read; a newer checkpoint may be lost"
+            )
         line = history.line()
         for commit in reversed(line):
             try:
@@ -259,9 +263,14 @@ class Run(PastRun):
     # loops ---------------------------------------------------------------------------------------------------------
 
     def steps(
-        self, total: int | None = None, *, save_every: int | None = None, save_on: rules.Rule | None = None, strict: bool = True
+        self,
+        total: int | None = None,
+        *,
+        save_every: int | None = None,
+        save_on: rules.Rule | None = None,
+        strict: bool = True,
     ) -> Steps:
-        """Resumes, and yields the steps that are left, up to `total`; saves at the loop's top when due, and at the last.
+        """Resumes, and yields the steps that are left up to `total`; saves at the loop's top when due, and at the last.
 
         Args:
             total: the last step; None for no end.

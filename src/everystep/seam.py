@@ -14,14 +14,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class Files:
-    """The operating system's file calls that local storage needs, one method each, so that tests can fail any of them."""
+    """The file calls of the operating system that local storage needs, so that tests can fail any of them."""
 
     def create(self, path: str) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -91,7 +91,7 @@ class Process:
 
 
 class Pool:
-    """A fixed set of daemon threads; work may still be given while the interpreter shuts down, unlike to an executor."""
+    """A fixed set of daemon threads; unlike an executor, it takes work while the interpreter shuts down."""
 
     def __init__(self, workers: int, name: str) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -124,17 +124,14 @@ class Pool:
             self._jobs.put(None)
 
 
-class Task:
+class Task(Generic[R]):
     """One call on its way through a pool."""
 
-    def __init__(self, function: Callable[[Any], Any], item: Any) -> None:
+    def __init__(self, function: Callable[[Any], R], item: Any) -> None:
         self._function, self._item = function, item
         self._done = threading.Event()
         self._value: Any = None
         self._error: BaseException | None = None
-
-    def __class_getitem__(cls, item: Any) -> Any:
-        return cls
 
     def run(self) -> None:
         try:
@@ -146,11 +143,11 @@ class Task:
     def settle(self) -> None:
         self._done.wait()
 
-    def result(self) -> Any:
+    def result(self) -> R:
         self._done.wait()
         if self._error is not None:
             raise self._error
-        return self._value
+        return cast(R, self._value)
 
 
 class Seam:

@@ -54,5 +54,3 @@ def source(loader: Iterable[Any]) -> Any:
         if found is not None:
             return found
     return IterableSource(loader)
-
-

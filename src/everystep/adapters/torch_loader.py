@@ -105,7 +105,7 @@ class LoaderSource(IterableSource):
             options.pop("prefetch_factor", None)
         dataset = _Seeded(loader.dataset) if self._sampler._seeded else loader.dataset
         if batched:
-            self._copy: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **options)  # type: ignore[arg-type]
+            self._copy: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **options)
         else:
             self._copy = DataLoader(dataset, batch_size=None, sampler=self._sampler, **options)
 

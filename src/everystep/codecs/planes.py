@@ -13,7 +13,7 @@ from everystep.errors import Damaged
 Array = np.ndarray[Any, Any]
 _HEAD = struct.Struct("<BBH")  # width in bytes, 1 if the sign was turned, number of planes
 _PLANE = struct.Struct("<BI")  # 0 raw or 1 zstd, stored bytes
-_WIDTHS = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+_WIDTHS: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 _FLOATS = {"<f2": 2, "bfloat16": 2, "<f4": 4, "<f8": 8, "<c8": 4, "<c16": 8}
 _WIDE = {"<i2": 2, "<u2": 2, "<i4": 4, "<u4": 4, "<i8": 8, "<u8": 8}
 
@@ -41,15 +41,13 @@ def encode(
     return pieces if gained else None
 
 
-def _shrink(
-    compressor: zstandard.ZstdCompressor, row: Array, sample_bytes: int, worth_ratio: float
-) -> bytes | None:
+def _shrink(compressor: zstandard.ZstdCompressor, row: Array, sample_bytes: int, worth_ratio: float) -> bytes | None:
     if row.nbytes > 2 * sample_bytes:
         middle = (row.nbytes - sample_bytes) // 2
         sample = row[middle : middle + sample_bytes]
-        if len(compressor.compress(sample)) > worth_ratio * sample.nbytes:
+        if len(compressor.compress(memoryview(sample))) > worth_ratio * sample.nbytes:
             return None
-    body = compressor.compress(row)
+    body = compressor.compress(memoryview(row))
     return body if len(body) < row.nbytes else None
 
 

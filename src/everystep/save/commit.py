@@ -7,7 +7,15 @@ from typing import Any
 
 import msgspec
 
-from everystep.errors import AlreadyExists, Conflict, Damaged, ObjectMissing, RunTakenOver, SaveAbandoned, UnknownOutcome
+from everystep.errors import (
+    AlreadyExists,
+    Conflict,
+    Damaged,
+    ObjectMissing,
+    RunTakenOver,
+    SaveAbandoned,
+    UnknownOutcome,
+)
 from everystep.save.part import PartWriter, Stored
 from everystep.settings import FORMAT
 from everystep.vault import History, PackName, RunVault, Term
@@ -46,7 +54,7 @@ class Draft:
     ranks: int
 
 
-class Condemned(Exception):  # noqa: N818  never leaves this room
+class Condemned(Exception):
     """A pack that the save leans on is condemned: it must be written without references."""
 
 
@@ -66,9 +74,10 @@ def check_fence(history: History, term: Term, where: str) -> None:
 
 def put_receipt(vault: RunVault, term: Term, draft: Draft, rank: int, stored: Stored) -> None:
     """A rank's last word on a save. A receipt that is there already is this very one: names are never reused."""
+    new = [(name.writer, name.number, length) for name, length in stored.new]
     receipt = Receipt(
         term.nonce, draft.ordinal, draft.step, rank, stored.content, stored.where,
-        [tuple(name) for name in sorted(stored.needs)], [(n.writer, n.number, length) for n, length in stored.new],
+        [(name.writer, name.number) for name in sorted(stored.needs)], new,
         stored.raw_bytes, stored.changed,
     )  # fmt: skip
     key = receipt_key(vault.folder, term.number, rank, draft.ordinal)

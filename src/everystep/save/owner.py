@@ -32,7 +32,7 @@ def take_run(
     """
     if not takeover:
         _await_owner(vault)
-    process = {k: v for k, v in msgspec.to_builtins(vault.seam.process()).items()}
+    process: dict[str, Any] = msgspec.to_builtins(vault.seam.process())
 
     def event(history: History) -> Open:
         return Open(vault.seam.token(16), launch, ranks, process, environment, continues, reason)
@@ -78,11 +78,8 @@ def _is_free(vault: RunVault, history: History, waited: float) -> bool:
 
 
 def _process(fields: dict[str, Any]) -> Process:
-    return Process(
-        *(str(fields.get(name, "")) for name in ("host", "machine", "boot")),
-        int(fields.get("pid", 0)),
-        str(fields.get("started", "")),
-    )
+    host, machine, boot, started = (str(fields.get(name, "")) for name in ("host", "machine", "boot", "started"))
+    return Process(host, machine, boot, int(fields.get("pid", 0)), started)
 
 
 def join_run(vault: RunVault, launch: str) -> Term:

@@ -12,6 +12,7 @@ from everystep.save.commit import Condemned, Draft
 from everystep.save.part import Known, PartWriter, Stored
 from everystep.save.snapshot import Arena, Snapshot
 from everystep.vault import RunVault, Term
+from everystep.vault.manifest import settle
 from everystep.vault.names import PackName
 from everystep.vault.record import Attach, Cost, Metrics
 
@@ -183,7 +184,7 @@ class Writer:
             id, stored = self._write(job, replace(draft, id=self._vault.seam.token(8)))
         if not stored.changed and self._last_step is not None and job.step > self._last_step:
             self.notices.append(
-                f"step {job.step}: no byte of the state changed since step {self._last_step}; is it the state that trains?"
+                f"step {job.step}: no byte changed since step {self._last_step}; is it the state that trains?"
             )
         self._last_step, self.parent, self.known = job.step, id, stored.known
         return id
@@ -270,6 +271,4 @@ def _attach(part: PartWriter, body: bytes) -> tuple[list[Any], int]:
 
 
 def _settled(name: str, pages: list[Any], nbytes: int, here: PackName) -> Attach:
-    return Attach(name, [commits.settle(page, here) for page in pages], nbytes)
-
-
+    return Attach(name, [settle(page, here) for page in pages], nbytes)

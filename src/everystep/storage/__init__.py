@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, Union
+from typing import Any, Protocol
 
 from everystep.errors import UsageError
 from everystep.seam import Seam
 from everystep.storage.local import LocalStorage
 from everystep.storage.memory import MemoryStorage
-
-Data = Union[bytes, bytearray, memoryview]
 
 
 class Storage(Protocol):

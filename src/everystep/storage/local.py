@@ -167,11 +167,15 @@ def _typed(error: OSError, where: str) -> StorageError:
     what = error.strerror or str(error)
     if error.errno in _FULL:
         return StorageFull(
-            f"no space left: {what}", where=where, do="free space or move the repository; every earlier checkpoint is whole"
+            f"no space left: {what}",
+            where=where,
+            do="free space or move the repository; every earlier checkpoint is whole",
         )
     if error.errno in _READ_ONLY:
         return ReadOnly(f"cannot write here: {what}", where=where, do="check the owner and the mount of this folder")
-    return StorageError(f"the file system failed: {what}", where=where, do="check the disk; earlier checkpoints are whole")
+    return StorageError(
+        f"the file system failed: {what}", where=where, do="check the disk; earlier checkpoints are whole"
+    )
 
 
 def _parent(path: str) -> str:

@@ -87,4 +87,6 @@ def _check_checkpoint(
                 report.bytes_read += sum(chunk.nbytes for _, chunk in group)
             checked.update(places)
     except (Damaged, StorageError) as error:
-        report.findings.append(Finding(vault.name, f"step {event.step}: {error.what}", error.where, event.id, event.step))
+        report.findings.append(
+            Finding(vault.name, f"step {event.step}: {error.what}", error.where, event.id, event.step)
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -77,7 +77,7 @@ class Root(msgspec.Struct, frozen=True):
     format: int
     checkpoint: str
     step: int
-    parent: Union[str, None]
+    parent: str | None
     metrics: dict[str, Any]
     parts: list[RootPart]
 

@@ -62,7 +62,7 @@ class Place:
         return found.id
 
     def _refuse_foreign(self) -> None:
-        inside = [key for key in self.storage.list("", deep=False)]
+        inside = list(self.storage.list("", deep=False))
         if not inside:
             return
         if "runs/" in inside:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -50,7 +50,7 @@ class Open(msgspec.Struct, tag="open", frozen=True):
     ranks: int
     process: dict[str, Any]
     environment: dict[str, Any]
-    continues: Union[str, None]
+    continues: str | None
     reason: str
 
 
@@ -65,7 +65,7 @@ class Commit(msgspec.Struct, tag="commit", frozen=True):
 
     id: str
     step: int
-    parent: Union[str, None]
+    parent: str | None
     root: Where
     logical: str
     metrics: dict[str, Any]
@@ -99,7 +99,7 @@ class Tag(msgspec.Struct, tag="tag", frozen=True):
     """`id` None takes the tag away."""
 
     name: str
-    id: Union[str, None]
+    id: str | None
 
 
 class Metrics(msgspec.Struct, tag="metrics", frozen=True):
@@ -130,7 +130,7 @@ class Attach(msgspec.Struct, tag="attach", frozen=True):
 
 class Note(msgspec.Struct, tag="note", frozen=True):
     text: str
-    id: Union[str, None] = None
+    id: str | None = None
 
 
 class Gc(msgspec.Struct, tag="gc", frozen=True):
@@ -147,7 +147,6 @@ _EVENTS: tuple[type[Any], ...] = (
     Open, Close, Commit, Abandon, Retire, Restore, Tag, Metrics, Series, Config, Attach, Note, Gc,
 )  # fmt: skip
 _BY_TAG = {kind.__struct_config__.tag: kind for kind in _EVENTS}
-Event = Union[Open, Close, Commit, Abandon, Retire, Restore, Tag, Metrics, Series, Config, Attach, Note, Gc, Unknown]
 
 
 class _Body(msgspec.Struct, frozen=True):

@@ -106,9 +106,7 @@ class RunVault:
         groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset))))
         yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
 
-    def _read_group(
-        self, view: PartView, group: list[tuple[Spot, int]]
-    ) -> list[tuple[int, np.ndarray[Any, Any]]]:
+    def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, np.ndarray[Any, Any]]]:
         first, last = group[0][0], max(spot.offset + spot.length for spot, _ in group)
         key = pack_key(self.folder, first.pack)
         stored = self.storage.get(key, first.offset, last)
