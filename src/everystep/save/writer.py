@@ -75,6 +75,7 @@ class Saved:
         return self._finish(self._id) if self._finish is not None and self._id is not None else None
 
     def settle(self, id: str | None, error: Error | None) -> None:
+        """The writer's word on what became of the save; wakes whoever waits."""
         with self._condition:
             self._id, self._error, self._done = id, error, True
             self._condition.notify_all()
