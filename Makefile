@@ -1,0 +1,39 @@
+# `make demo` and `make test` need Python 3.10 or newer with pip, and nothing else: they make their own environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help demo test check bench long clean
+
+help:
+	@echo "make demo    kill a training run again and again, and compare its end with one that nobody killed"
+	@echo "make test    the tests"
+	@echo "make check   lint, types, format"
+	@echo "make bench   ours and the peers on the same work"
+	@echo "make long    the tests that are repeated more often in continuous integration"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+long: $(READY)
+	EVERYSTEP_KILLS=100 $(BIN)/python -m pytest tests/test_kill.py -n auto
+
+clean:
+	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
