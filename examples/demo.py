@@ -6,7 +6,6 @@ python examples/demo.py --out demo-out
 from __future__ import annotations
 
 import argparse
-import io
 import random
 import shutil
 import subprocess
@@ -167,28 +166,28 @@ def compare(repo: everystep.Repository) -> int:
     return len(ends[0].leaves())
 
 
-def measure(checkpoint: everystep.Checkpoint) -> dict[str, float]:
-    """The same state as torch.save writes it, and both read back: bytes, and median seconds of five."""
+def measure(checkpoint: everystep.Checkpoint, file: Path) -> dict[str, float]:
+    """The same state as torch.save keeps it in a file, and both read back: bytes, and median seconds of five."""
     state = checkpoint.load(like="torch")
-    body = io.BytesIO()
-    torch.save(state, body)
     times: dict[str, list[float]] = {"restore": [], "torch.save": [], "torch.load": []}
     for _ in range(5):
         for name, call in (
+            ("torch.save", lambda: torch.save(state, file)),
+            ("torch.load", lambda: torch.load(file)),
             ("restore", lambda: checkpoint.load(like="torch")),
-            ("torch.save", lambda: torch.save(state, io.BytesIO())),
-            ("torch.load", lambda: torch.load(io.BytesIO(body.getbuffer()), weights_only=False)),
         ):
             begun = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - begun)
-    return {"bytes": body.tell(), **{name: median(values) for name, values in times.items()}}
+    size = file.stat().st_size
+    file.unlink()
+    return {"bytes": size, **{name: median(values) for name, values in times.items()}}
 
 
-def report(repo: everystep.Repository, leaves: int, lives: list[Life]) -> Table:
+def report(repo: everystep.Repository, leaves: int, lives: list[Life], file: Path) -> Table:
     run = repo[KILLED]
     checkpoints = run.checkpoints()
-    torch_way = measure(checkpoints[-1])
+    torch_way = measure(checkpoints[-1], file)
     stored = sum(checkpoint.cost["stored_bytes"] for checkpoint in checkpoints)
     stalls = [checkpoint.cost["stall_seconds"] for checkpoint in checkpoints]
     table = Table(title="what it cost", show_header=False, title_justify="left")
@@ -200,9 +199,9 @@ def report(repo: everystep.Repository, leaves: int, lives: list[Life]) -> Table:
         ("the same with torch.save", f"{len(checkpoints) * torch_way['bytes'] / 1e6:.1f} MB"),
         ("share", f"{stored / (len(checkpoints) * torch_way['bytes']):.2f}"),
         ("stall per save, median", f"{1e3 * median(stalls):.1f} ms, durable and checked"),
-        ("torch.save into memory", f"{1e3 * torch_way['torch.save']:.1f} ms"),
+        ("torch.save, not synced", f"{1e3 * torch_way['torch.save']:.1f} ms"),
         ("time to restore", f"{1e3 * torch_way['restore']:.1f} ms, every byte verified"),
-        ("torch.load from memory", f"{1e3 * torch_way['torch.load']:.1f} ms, none verified"),
+        ("torch.load", f"{1e3 * torch_way['torch.load']:.1f} ms, none verified"),
     ):
         table.add_row(name, value)
     return table
@@ -266,7 +265,7 @@ def main() -> None:
     lives = train_and_kill(args.out / "runs", total, options, seed)
     repo = everystep.open(str(args.out / "runs"))
     leaves = compare(repo)
-    console.print(report(repo, leaves, lives))
+    console.print(report(repo, leaves, lives, args.out / "same.pth"))
     run_cli("-r", str(args.out / "runs"), "log", KILLED, "-n", "8")
     run_cli("-r", str(args.out / "runs"), "fsck")
     plot(args.out / "loss.png", straight, lives, [checkpoint.step for checkpoint in repo[KILLED].checkpoints()])
