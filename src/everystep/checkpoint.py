@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from everystep.errors import Conflict, UsageError
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
-from everystep.rules import number
-from everystep.schema import Leaf
+from everystep.metrics import number
+from everystep.schema import Leaf, paths_of
 from everystep.schema.plain import encode_metric
 from everystep.vault import Committed
 from everystep.vault.record import Metrics, Tag
@@ -82,9 +84,28 @@ class Checkpoint:
         opened = self._run._history().opened.get(self._commit.term)
         return dict(opened.environment) if opened is not None else {}
 
+    @property
+    def term(self) -> int:
+        """The term that saved it; `run.sessions()` says which process that was."""
+        return self._commit.term
+
+    @property
+    def ranks(self) -> int:
+        """How many processes saved it together."""
+        return self._commit.event.ranks
+
     def leaves(self) -> list[Leaf]:
-        """Every leaf: path, dtype, shape, role. Reads the manifest only."""
-        return list(self._open().tree.leaves)
+        """Every leaf of every rank: path, dtype, shape, role, bytes. Reads the manifest only.
+
+        The paths are those that `load(only=…)` takes.
+        """
+        opened = self._open()
+        found: dict[str, Leaf] = {}
+        for view in opened.manifest.views:
+            for leaf in view.tree.leaves:
+                found.setdefault(leaf.path, leaf)
+        base = self._base(opened)
+        return [msgspec.structs.replace(leaf, path=_above(base, leaf.path)) for leaf in found.values()]
 
     def load(
         self,
@@ -119,8 +140,10 @@ class Checkpoint:
         if only is None:
             return self._load_all(opened, base, like, types, progress)
         if isinstance(only, str):
-            return opened.build(_below(base, only), like=like, types=types, progress=progress)
-        return {path: opened.build(_below(base, path), like=like, types=types, progress=progress) for path in only}
+            return opened.build(_below(opened, base, only), like=like, types=types, progress=progress)
+        return {
+            path: opened.build(_below(opened, base, path), like=like, types=types, progress=progress) for path in only
+        }
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every byte; the number of bytes.
@@ -179,8 +202,17 @@ class Checkpoint:
         return whole
 
 
-def _below(base: str, path: str) -> str:
-    return f"{base}/{path}" if base and path.partition("/")[0] not in (RNG, LOOP) else path
+def _below(opened: Opened, base: str, path: str) -> str:
+    """The whole path of a path within an explicit state; what the state itself calls "rng" comes before ours."""
+    head = path.partition("/")[0]
+    if not base or (head in (RNG, LOOP) and all(name != f"{base}/{head}" for name, _, _ in paths_of(opened.tree))):
+        return path
+    return f"{base}/{path}"
+
+
+def _above(base: str, path: str) -> str:
+    """The inverse of `_below`."""
+    return path.removeprefix(f"{base}/") if base else path
 
 
 def check_tag(name: str) -> None:

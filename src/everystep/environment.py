@@ -35,6 +35,17 @@ def fingerprint(seam: Seam) -> dict[str, Any]:
     return found
 
 
+def launch_id(seam: Seam) -> str | None:
+    """What the launcher calls this start of the job, the same for all its processes; None if no launcher says."""
+    job = seam.environ("TORCHELASTIC_RUN_ID")
+    if job is not None:
+        return f"{job}-{seam.environ('TORCHELASTIC_RESTART_COUNT') or 0}"
+    job = seam.environ("SLURM_JOB_ID")
+    if job is not None:
+        return f"{job}.{seam.environ('SLURM_STEP_ID') or 0}-{seam.environ('SLURM_RESTART_COUNT') or 0}"
+    return None
+
+
 def _threads(seam: Seam) -> dict[str, Any]:
     threads: dict[str, Any] = {
         name: value for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if (value := seam.environ(name)) is not None
@@ -53,7 +64,7 @@ def _devices() -> list[str]:
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs that matters, as sentences."""
+    """What differs that matters, as sentences. A package that only one of the two had loaded does not."""
     found = []
     for name in MATTERS:
         before, after = then.get(name), now.get(name)
@@ -61,7 +72,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             found += [
                 f"{key}: was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
                 for key in sorted({*before, *after})
-                if before.get(key) != after.get(key)
+                if before.get(key) != after.get(key) and (key not in _PACKAGES or (key in before and key in after))
             ]
         elif before != after:
             found.append(f"{name}: was {before}, is {after}")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from everystep.checkpoint import Checkpoint
-from everystep.errors import Damaged, DamageWarning, NotFound
+from everystep.errors import Damaged, DamageWarning, NotFound, UsageError
 from everystep.restore import read_attachment
 from everystep.rules import better, mode_of
 from everystep.schema import plain
+from everystep.seam import Process
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
+
+_SPECS = "a step, latest, best:METRIC, best:METRIC:max, a tag, the beginning of an id"
 
 
 class PastRun:
@@ -61,6 +66,8 @@ class PastRun:
         for commits in (history.line(), [history.commits[id] for id in history.live]):
             for commit in reversed(commits):
                 if commit.event.step == step:
+                    if any(slot > commit.slot for slot in history.damaged):
+                        self._warn_damage(history)  # one of them may have been the same step, saved again
                     return self._checkpoint(commit)
         steps = sorted({history.commits[id].event.step for id in history.live}, key=lambda s: (abs(s - step), s))
         raise self._missing(history, f"no checkpoint of step {step}", steps[:3])
@@ -74,13 +81,15 @@ class PastRun:
         Raises:
             NotFound: if no checkpoint has the metric, naming those there are.
         """
-        mode = mode_of(metric, mode)
         history = self._history()
+        values = [(commit, history.metrics_of(commit.event.id).get(metric)) for commit in history.line()]
+        numbers = [(float(value), commit) for commit, value in values if isinstance(value, (int, float))]
+        if numbers or mode is not None:
+            mode = mode_of(metric, mode)
         found: tuple[float, Committed] | None = None
-        for commit in history.line():
-            value = history.metrics_of(commit.event.id).get(metric)
-            if isinstance(value, (int, float)) and better(float(value), found[0] if found else None, mode):
-                found = float(value), commit
+        for value, commit in numbers:
+            if better(value, found[0] if found else None, str(mode)):
+                found = value, commit
         if found is None:
             names = {name for id in history.live for name in history.metrics_of(id)}
             near = difflib.get_close_matches(metric, names, 3) or sorted(names)[:5]
@@ -99,22 +108,58 @@ class PastRun:
         if id is None or id not in history.live:
             near = difflib.get_close_matches(name, history.tags, 3) or sorted(history.tags)[:5]
             raise self._missing(history, f"no tag {name!r}", near)
+        self._warn_damage(history)  # a record that cannot be read may have moved it
         return self._checkpoint(history.commits[id])
 
     def find(self, spec: str) -> Checkpoint:
-        """The checkpoint for what stands behind `@` on a command line: a step, latest, best:METRIC, a tag, an id."""
+        """The checkpoint for what stands behind `@` on a command line: a step, latest, best:METRIC, a tag, an id.
+
+        Args:
+            spec: "1200", "latest", "best:val_loss", "best:val_loss:max", a tag, or 4 or more digits of an id.
+
+        Raises:
+            UsageError: if it is none of these.
+            NotFound: naming what is near.
+        """
         if spec == "latest":
             latest = self.latest
             if latest is None:
                 raise NotFound("the run has no checkpoint yet", where=self.name)
             return latest
-        if spec.isdigit():
-            return self.at(int(spec))
+        if spec in ("", "best", "best:"):
+            raise UsageError(
+                f"{spec!r} does not say which checkpoint", where=f"{self.name}@{spec}", do=f"one of {_SPECS}"
+            )
         if spec.startswith("best:"):
-            return self.best(*spec[5:].split(":", 1))
+            return self._find_best(spec)
         history = self._history()
+        if history.tags.get(spec) in history.live:
+            return self.tagged(spec)
+        is_step = spec.isascii() and spec.isdigit() and len(spec) < 19
+        if is_step and any(history.commits[id].event.step == int(spec) for id in history.live):
+            return self.at(int(spec))
         found = [id for id in history.live if len(spec) >= 4 and id.startswith(spec)]
-        return self._checkpoint(history.commits[found[0]]) if len(found) == 1 else self.tagged(spec)
+        if len(found) > 1:
+            raise UsageError(
+                f"{len(found)} checkpoints have an id that begins with {spec!r}",
+                where=self.name,
+                do=f"give more of it: {', '.join(found[:3])}",
+            )
+        if found:
+            return self._checkpoint(history.commits[found[0]])
+        if is_step:
+            return self.at(int(spec))
+        near = difflib.get_close_matches(spec, history.tags, 3) or sorted(history.tags)[:5]
+        tags = f"; tags here: {', '.join(near)}" if near else ""
+        raise self._missing(history, f"no checkpoint {spec!r}", do=f"one of {_SPECS}{tags}")
+
+    def _find_best(self, spec: str) -> Checkpoint:
+        metric, _, mode = spec.removeprefix("best:").partition(":")
+        try:
+            return self.best(metric, mode or None)
+        except UsageError as error:
+            do = f"{self.name}@best:{metric}:min or {self.name}@best:{metric}:max"
+            raise UsageError(error.what, where=f"{self.name}@{spec}", do=do) from error
 
     def untag(self, name: str) -> None:
         """Takes a tag away."""
@@ -169,12 +214,46 @@ class PastRun:
                 values[commit.event.step] = found[metric]
         return sorted(values.items())
 
+    @property
+    def metric_names(self) -> list[str]:
+        """Names of all metrics, of checkpoints and of the steps between them."""
+        history = self._history()
+        rows = [*map(history.metrics_of, history.live), *history.series.values()]
+        return sorted({name for row in rows for name in row})
+
     def sessions(self) -> list[dict[str, Any]]:
-        """Each time a process took the run: term, host, pid, environment, and the checkpoint it continued from."""
+        """Each time a process took the run: term, host, pid, environment, and the checkpoint it continued from.
+
+        `opened` and `closed` are seconds since the epoch. `ended` is "closed", "taken over", "died" (another came, or
+        the process is known to be gone, and it had not closed the run), or None while it may still be writing.
+        """
+        history = self._history()
         return [
-            {"term": term, **opened.process, "continues": opened.continues, "environment": opened.environment}
-            for term, opened in sorted(self._history().opened.items())
+            {
+                **opened.process,
+                "term": term,
+                "reason": opened.reason,
+                "ranks": opened.ranks,
+                "continues": opened.continues,
+                "environment": opened.environment,
+                "opened": history.opened_at[term],
+                "closed": history.closed_at.get(term),
+                "ended": self._ended(history, term),
+            }
+            for term, opened in sorted(history.opened.items())
         ]
+
+    def _ended(self, history: History, term: int) -> str | None:
+        if term in history.closed_at:
+            return "closed"
+        after = [later for later in history.opened if later > term]
+        if after:
+            return "taken over" if history.opened[min(after)].reason == "takeover" else "died"
+        try:
+            process = msgspec.convert(history.opened[term].process, Process)
+        except msgspec.ValidationError:
+            return None  # written by another everystep: nothing is known of that process
+        return "died" if self._vault.seam.is_gone(process) else None
 
     def _history(self) -> History:
         return self._vault.history()
@@ -187,7 +266,7 @@ class PastRun:
         process = self._vault.seam.process()
         self._vault.log.append(decide, f"{process.host}:{process.pid}")
 
-    def _missing(self, history: History, what: str, near: list[Any]) -> NotFound | Damaged:
+    def _missing(self, history: History, what: str, near: Sequence[Any] = (), *, do: str = "") -> NotFound | Damaged:
         if history.damaged:
             return Damaged(
                 f"{what} in what is readable, and {_records(list(history.damaged))} of the log cannot be read",
@@ -195,7 +274,7 @@ class PastRun:
                 do="run fsck to see what is damaged",
             )
         hint = f"nearest: {', '.join(str(n) for n in near)}" if near else "the run has none yet"
-        return NotFound(f"{what} in run {self.name!r}", where=self._vault.where, do=hint)
+        return NotFound(f"{what} in run {self.name!r}", where=self._vault.where, do=do or hint)
 
     def _warn_damage(self, history: History) -> None:
         if history.damaged:

@@ -6,11 +6,11 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from everystep.errors import NotFound
+from everystep.errors import NotFound, UsageError
 from everystep.past import PastRun
 from everystep.run import Run
 from everystep.seam import REAL, Seam
-from everystep.settings import DEFAULT, Settings
+from everystep.settings import DEFAULT, LIMITS, Settings
 from everystep.storage import open_storage
 from everystep.upkeep import CheckReport, check_repository
 from everystep.vault import Place
@@ -92,9 +92,22 @@ class Repository:
             launch=launch,
         )
 
-    def check(self, *, data: bool = True, progress: Any = None) -> CheckReport:
-        """Checks every record, manifest and (with `data`) every byte of every checkpoint of every run."""
-        return check_repository(self._place, data=data, progress=progress)
+    def check(self, *, data: bool = True, run: str | None = None, progress: Any = None) -> CheckReport:
+        """Checks every record, manifest and (with `data`) every byte of every checkpoint of every run, or of one.
+
+        Args:
+            progress: told (run, checkpoints checked, checkpoints in all).
+        """
+        runs = self.runs() if run is None else [self[run].name]
+        return check_repository(self._place, runs, data=data, progress=progress)
+
+    def now(self) -> float:
+        """Seconds since the epoch, by the clock that stamps what is saved here: ages are differences from it."""
+        return self._place.seam.now()
+
+    def local_time(self, seconds: float) -> str:
+        """Seconds since the epoch as local date and time."""
+        return self._place.seam.local_time(seconds)
 
 
 def open(place: str, *, settings: Settings | None = None, seam: Seam | None = None) -> Repository:
@@ -110,4 +123,16 @@ def open(place: str, *, settings: Settings | None = None, seam: Seam | None = No
     """
     seam = seam or REAL
     path = place if isinstance(place, str) else place.__fspath__()
-    return Repository(Place(open_storage(path, seam), seam, settings or DEFAULT))
+    return Repository(Place(open_storage(path, seam), seam, _checked(settings or DEFAULT)))
+
+
+def _checked(settings: Settings) -> Settings:
+    for name, (least, most) in LIMITS.items():
+        value, whole = getattr(settings, name), type(getattr(DEFAULT, name)) is int
+        if type(value) not in ((int,) if whole else (int, float)) or not least <= value <= most:
+            raise UsageError(
+                f"the setting {name}={value!r} is not {'a whole number' if whole else 'a number'} "
+                f"between {least} and {most}",
+                do="see docs/settings.md for what it does",
+            )
+    return settings

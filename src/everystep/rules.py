@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from everystep.errors import UsageError
+from everystep.metrics import measure
 
 _LOWER = {
     "loss", "error", "err", "perplexity", "ppl", "mse", "mae", "rmse", "mape", "nll", "wer", "cer", "fid", "bpc",
@@ -79,7 +80,7 @@ class Rule:
         return {}
 
     def __or__(self, other: Rule) -> Rule:
-        return AnyOf([self, other])
+        return AnyOf([self, check_rule(other, "the right side of |")])
 
 
 @dataclass
@@ -91,7 +92,12 @@ class AnyOf(Rule):
         return ", ".join(reasons) or None
 
     def metrics(self) -> dict[str, str]:
-        return {name: mode for rule in self.rules for name, mode in rule.metrics().items()}
+        found: dict[str, str] = {}
+        for rule in self.rules:
+            for name, mode in rule.metrics().items():
+                if found.setdefault(name, mode) != mode:
+                    raise UsageError(f"rules ask for the lowest and for the highest {name!r}", do="choose one mode")
+        return found
 
 
 @dataclass
@@ -122,9 +128,9 @@ class Best(Rule):
     def due(self, moment: Moment) -> str | None:
         if self.metric not in moment.metrics:
             return None
-        value = number(self.metric, moment.metrics[self.metric])
+        value = measure(self.metric, moment.metrics[self.metric])
         best = moment.bests.get(self.metric)
-        return f"best {self.metric}" if better(float(value), best, self.mode) else None
+        return f"best {self.metric}" if value is not None and better(value, best, self.mode) else None
 
     def metrics(self) -> dict[str, str]:
         return {self.metric: self.mode}
@@ -146,9 +152,13 @@ def every(steps: int | None = None, *, epochs: int | None = None, seconds: float
     Raises:
         UsageError: if none is given, or one is not positive.
     """
-    given = [value for value in (steps, epochs, seconds) if value is not None]
-    if not given or any(isinstance(value, bool) or value <= 0 for value in given):
-        raise UsageError("every() needs a positive number", do="every(100), every(epochs=1) or every(seconds=600)")
+    kinds = ((steps, (int,)), (epochs, (int,)), (seconds, (int, float)))
+    given = [(value, kinds) for value, kinds in kinds if value is not None]
+    if not given or not all(type(value) in kinds and value > 0 for value, kinds in given):
+        raise UsageError(
+            "every() needs a positive number of steps, epochs or seconds",
+            do="every(100), every(epochs=1) or every(seconds=600)",
+        )
     return Every(steps, epochs, seconds)
 
 
@@ -159,7 +169,22 @@ def best(metric: str, mode: str | None = None) -> Rule:
 
 def when(function: Callable[[Moment], Any]) -> Rule:
     """Whenever `function(moment)` is true; see `Moment` for what it is given."""
+    if not callable(function):
+        raise UsageError(f"when({function!r}): not a function", do="when(lambda moment: moment.step in (10, 100))")
     return When(function)
+
+
+def check_rule(rule: Any, what: str) -> Rule:
+    """
+    Raises:
+        UsageError: if it is none.
+    """
+    if not isinstance(rule, Rule):
+        raise UsageError(
+            f"{what} is {rule!r}, which is not a rule",
+            do='everystep.every(…) | everystep.best("val_loss") | everystep.when(f)',
+        )
+    return rule
 
 
 def union(save_every: int | None, save_on: Rule | None, *, epochs: bool = False) -> AnyOf:
@@ -168,34 +193,5 @@ def union(save_every: int | None, save_on: Rule | None, *, epochs: bool = False)
     if save_every is not None:
         rules.append(every(epochs=save_every) if epochs else every(save_every))
     if save_on is not None:
-        if not isinstance(save_on, Rule):
-            raise UsageError(
-                f"save_on={save_on!r} is not a rule",
-                do='everystep.every(…) | everystep.best("val_loss") | everystep.when(f)',
-            )
-        rules.append(save_on)
+        rules.append(check_rule(save_on, "save_on="))
     return AnyOf(rules)
-
-
-def hold(value: Any) -> Any:
-    """A metric, safe from what its owner does next; a tensor is not brought to the CPU yet."""
-    if callable(getattr(value, "detach", None)):
-        return value.detach().clone()
-    return value.copy() if callable(getattr(value, "__array__", None)) else value
-
-
-def number(name: str, value: Any) -> Any:
-    """A metric as a plain number (or bool, str, None).
-
-    Raises:
-        UsageError: for what is not one number.
-    """
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    try:
-        plain = value.item()
-    except (AttributeError, ValueError, RuntimeError, TypeError) as error:
-        raise UsageError(
-            f"the metric {name!r} is not one number but {type(value).__name__}", do="record a scalar: its mean, perhaps"
-        ) from error
-    return plain if type(plain) in (bool, int, float) else float(plain)

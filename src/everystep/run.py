@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from everystep import adapters, rules
 from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
-from everystep.environment import differences, fingerprint
+from everystep.environment import differences, fingerprint, launch_id
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
-from everystep.loop import Batches, Steps
+from everystep.loop import Batches, Loop, Steps
+from everystep.metrics import Recorded, series
 from everystep.past import PastRun
 from everystep.restore import open_checkpoint, place_tracked
 from everystep.save import Saved, Writer, snapshot, take_run
+from everystep.save.commit import check_fence
 from everystep.save.owner import join_run
 from everystep.save.part import Known
 from everystep.save.writer import Job
 from everystep.schema import LoadReport, Roled
-from everystep.schema.plain import decode, encode, encode_metric
-from everystep.vault import Committed, Place, Term
-from everystep.vault.record import Close, Config, Series
+from everystep.schema.plain import decode, encode
+from everystep.vault import Committed, History, Place, Term
+from everystep.vault.record import Close, Config, Metrics
 
 _ROLES = {
     "weights": ("model", "models", "params", "parameters", "weights", "w"),
@@ -48,27 +50,42 @@ class Run(PastRun):
         super().__init__(place, name)
         if when_busy not in ("wait", "skip"):
             raise UsageError(f"when_busy={when_busy!r} is not known", do='"wait" or "skip"')
-        world = adapters.world()
-        self.rank = world[0] if rank is None else rank
-        self.ranks = world[1] if ranks is None else ranks
+        self._asked = (rank, ranks, launch)
+        self.rank, self.ranks, self._launch = self._find_place(place, when_busy)
         self.report: LoadReport | None = None
         """What the last resume did."""
         self.stopped: str | None = None
         """Why the loop ended before its time: a signal's name, or "stop"; None otherwise."""
         self._when_busy, self._takeover = when_busy, takeover
-        self._launch = launch or place.seam.environ("TORCHELASTIC_RUN_ID") or ("" if self.ranks > 1 else "alone")
         self._tracked: dict[str, Any] = {}
         self._with_rng = True
         self._new_config = {key: encode(value, f"config {key}") for key, value in config.items()}
         self._new_attachments: dict[str, bytes] = {}
-        self._recorded: dict[int | None, dict[str, Any]] = {}
+        self._recorded = Recorded(place.settings.series_steps_max)
         self._step: int | None = None
-        self._loop: dict[str, Any] = {}
+        self._active: Loop | None = None
+        self._position: Callable[[], dict[str, Any]] = dict
+        self._restored_position: dict[str, Any] = {}
         self._writer: Writer | None = None
-        self._restored_loop: dict[str, Any] = {}
-        self._loops: list[Steps | Batches] = []
         self._pid = place.seam.pid()
         self._forget_exit: Callable[[], None] = lambda: None
+
+    def _find_place(self, place: Place, when_busy: str) -> tuple[int, int, str]:
+        """(rank, ranks, launch id) as asked for, or as the framework's process group says."""
+        world = adapters.world()
+        rank = world[0] if self._asked[0] is None else self._asked[0]
+        ranks = world[1] if self._asked[1] is None else self._asked[1]
+        if not 0 <= rank < ranks:
+            raise UsageError(f"rank {rank} of {ranks} does not exist", do="ranks count from 0")
+        launch = self._asked[2] or launch_id(place.seam)
+        if ranks > 1 and launch is None:
+            raise UsageError(
+                "several ranks need a launch id to find each other",
+                do="launch=…, the same on every rank and another at each start: a job id and its count of restarts",
+            )
+        if ranks > 1 and when_busy == "skip":
+            raise UsageError('when_busy="skip" could skip on one rank and not on another', do='when_busy="wait"')
+        return rank, ranks, launch or "alone"
 
     # what belongs to the run ---------------------------------------------------------------------------------------
 
@@ -83,8 +100,17 @@ class Run(PastRun):
             if name in RESERVED:
                 raise UsageError(f"the name {name!r} is taken by everystep itself", do="track it under another name")
             adapters.check_trackable(target, name)
+        new = [name for name in objects if name not in self._tracked]
+        if self.report is not None and new:
+            self._warn(f"{', '.join(new)}: tracked after the run was resumed, and left as it is; track before that")
+        left = [text for name in new for text in adapters.not_captured(objects[name], name)]
+        if left:
+            self._warn(
+                f"not part of the checkpoints: {'; '.join(left)}. Fine if your program makes it again; else register "
+                "it so that it is in the state_dict, or track it by itself"
+            )
         self._tracked.update(objects)
-        self._with_rng = rng
+        self._with_rng = self._with_rng and rng
         return self
 
     @property
@@ -101,12 +127,10 @@ class Run(PastRun):
 
     def record(self, *, step: int | None = None, **metrics: Any) -> None:
         """Metrics of this step (or of `step`); kept at once, converted to numbers at the next save."""
-        if len(self._recorded) >= self._vault.settings.series_steps_max:
-            oldest = next(iter(self._recorded))
-            del self._recorded[oldest]
-            self._warn(f"metrics of more than {len(self._recorded)} steps without a save: the oldest are dropped")
-        at = step if step is not None else self._step
-        self._recorded.setdefault(at, {}).update({name: rules.hold(value) for name, value in metrics.items()})
+        self._recorded.add(step if step is not None else self._step, metrics)
+        if self._recorded.dropped == 1:
+            limit = self._vault.settings.series_steps_max
+            self._warn(f"metrics of more than {limit} steps without a save: the oldest are dropped from here on")
 
     @property
     def step(self) -> int | None:
@@ -137,23 +161,26 @@ class Run(PastRun):
             Unsupported: naming the path of what cannot be saved.
             Error: what made an earlier save fail that nobody waited for.
         """
-        begun = self._vault.seam.monotonic()
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise UsageError(f"a step is a count of completed updates, not {step!r}", do="save(1200)")
         if state is None and not self._tracked:
             raise UsageError(
                 "there is nothing to save", do="run.track(model=…, optimizer=…) first, or save(step, state=…)"
             )
+        return self._save(step, state, metrics or {}, reason, may_skip=self._when_busy == "skip")
+
+    def _save(self, step: int, state: Any, metrics: Mapping[str, Any], reason: str, *, may_skip: bool) -> Saved:
+        begun = self._vault.seam.monotonic()
         writer = self._open()
         writer.raise_failed()
         self._say_notices(writer)
         if writer.busy:
-            if self._when_busy == "skip":
+            if may_skip:
                 return Saved(step, None, None)
             writer.wait()
             writer.raise_failed()
         taken = snapshot(self._capture(step, state), writer.arena, self._vault.settings)
-        own, extra = self._take_metrics(step, metrics or {})
+        own, extra = self._take_metrics(step, metrics)
         if self._new_config:
             extra.append(Config(dict(self._new_config)))
             self._new_config.clear()
@@ -169,16 +196,22 @@ class Run(PastRun):
             whole[STATE] = _with_roles(state)
         if self._with_rng:
             whole[RNG] = Roled("rng", adapters.random_state())
-        whole[LOOP] = Roled("rng", {**self._loop, "step": step})
+        whole[LOOP] = Roled("rng", {**self._position(), "step": step})
         return whole
 
-    def _take_metrics(self, step: int, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-        """Metrics of the step itself, and a series event for the steps since the last save."""
-        own = {**self._recorded.pop(None, {}), **self._recorded.pop(step, {}), **given}
-        plain = {name: encode_metric(rules.number(name, value), name) for name, value in own.items()}
-        rows = {at: row for at, row in self._recorded.items() if at is not None}
-        self._recorded = {}
-        return plain, [_series(rows)] if rows else []
+    def _take_metrics(self, step: int | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+        """Metrics of the step itself; and events for other steps: of checkpoints that are there, or of none."""
+        own, rows = self._recorded.take(step, given)
+        late = self._commits_of(rows)
+        events: list[Any] = [Metrics(commit.event.id, rows.pop(at)) for at, commit in late.items()]
+        return own, [*events, series(rows)] if rows else events
+
+    def _commits_of(self, rows: Collection[int]) -> dict[int, Committed]:
+        """The checkpoints of these steps on the current line, as far as this process has read the log."""
+        history = self._vault.log.history
+        if history.latest is None or not rows or min(rows) > history.latest.event.step:
+            return {}
+        return {commit.event.step: commit for commit in history.line() if commit.event.step in rows}
 
     def _by_id(self, id: str) -> Checkpoint:
         history = self._history()
@@ -198,6 +231,8 @@ class Run(PastRun):
             Damaged: if no checkpoint of the line is whole.
         """
         writer = self._open()
+        writer.wait()
+        writer.raise_failed()
         history = self._history()
         if history.damage_behind_latest:
             self._warn_damaged(
@@ -209,33 +244,50 @@ class Run(PastRun):
                 return self._resume_from(writer, commit, strict)
             except Damaged as error:
                 self._warn_damaged(f"the checkpoint of step {commit.event.step} is damaged, going back: {error}")
-        if line:
-            raise Damaged("no checkpoint of this run is whole", where=self._vault.where, do="run fsck for the details")
+        if line or history.damaged:
+            raise Damaged(
+                "no checkpoint of this run is whole",
+                where=self._vault.where,
+                do="run fsck for the details; to start over, give the run another name",
+            )
         return 0
 
     def _resume_from(self, writer: Writer, commit: Committed, strict: bool) -> int:
         opened = open_checkpoint(self._vault, commit)
         where = f"{self.name}@{commit.event.step}"
         names = opened.names()
-        loop = opened.build(LOOP, like="saved") if LOOP in names else {}
-        random = opened.build(RNG, like="saved") if RNG in names and self._with_rng else {}
+        mine = opened.of_rank(self.rank) or opened
+        position = mine.build(LOOP, like="saved") if LOOP in names else {}
+        random = mine.build(RNG, like="saved") if RNG in names and self._with_rng else {}
         report = place_tracked(opened, self._tracked, strict=strict, whole=STATE not in names, where=where)
-        report.inexact += adapters.set_random_state(random)
-        then = self._history().opened.get(commit.term)
-        changed = differences(then.environment, fingerprint(self._vault.seam)) if then is not None else []
-        report.inexact += changed
-        if changed:
-            self._warn(f"resuming {where} in other surroundings, which can change bits: {'; '.join(changed)}")
-        self.report, self._restored_loop = report, loop
+        if not self._with_rng or RNG not in names:
+            report.inexact.append("random states are not tracked (rng=False)")
+        self.report, self._restored_position = report, position
+        self._say_inexact([*adapters.set_random_state(random), *self._surroundings(commit)])
         # A log with damage may hide what was condemned: then nothing is referenced.
         writer.parent = commit.event.id
+        writer.term.steps.clear()  # from here on, steps that were saved before may come out different
         writer.known = Known() if self._history().damaged else Known.of(opened.manifest)
         return commit.event.step
 
+    def _surroundings(self, commit: Committed) -> list[str]:
+        """What is not as it was when a checkpoint was saved, and can change bits."""
+        saved = commit.event.ranks
+        changed = [f"saved by {saved} ranks, resumed by {self.ranks}"] if saved != self.ranks else []
+        then = self._history().opened.get(commit.term)
+        return [*changed, *(differences(then.environment, fingerprint(self._vault.seam)) if then is not None else [])]
+
     def _open(self) -> Writer:
         """Takes the run, once."""
+        if self._vault.seam.pid() != self._pid:
+            raise UsageError(
+                "this run was made by the process that forked this one, and is written by it",
+                where=self._vault.where,
+                do="save there; or open the repository anew here, and use another run",
+            )
         if self._writer is not None:
             return self._writer
+        self.rank, self.ranks, self._launch = self._find_place(self._vault.place, self._when_busy)
         term = self._take_term()
         process = self._vault.seam.process()
         self._writer = Writer(
@@ -277,9 +329,7 @@ class Run(PastRun):
             save_every: steps between saves.
             save_on: a rule: everystep.every(…) | everystep.best("val_loss") | everystep.when(f).
         """
-        loop = Steps(self, total, rules.union(save_every, save_on), strict)
-        self._loops.append(loop)
-        return loop
+        return Steps(self, total, rules.union(save_every, save_on), strict)
 
     def batches(
         self,
@@ -296,9 +346,19 @@ class Run(PastRun):
             loader: an ordinary DataLoader, shuffled or not, or any iterable that can be iterated again.
             save_every: epochs between saves. Also in mid-epoch: save_on=everystep.every(100).
         """
-        loop = Batches(self, loader, epochs, rules.union(save_every, save_on, epochs=True), strict)
-        self._loops.append(loop)
-        return loop
+        return Batches(self, loader, epochs, rules.union(save_every, save_on, epochs=True), strict)
+
+    def _enter(self, loop: Loop | None) -> None:
+        """One loop at a time: the one before gives its signals back."""
+        if self._active is not None:
+            self._active.end()
+        self._active, self._position, self.stopped = loop, dict, None if loop is not None else self.stopped
+
+    def _say_inexact(self, reasons: list[str]) -> None:
+        """Why the run that goes on may not be the one that was never interrupted."""
+        if reasons and self.report is not None:
+            self.report.inexact += reasons
+            self._warn(f"this continuation is not exact: {'; '.join(reasons)}")
 
     def stop(self, why: str = "stop") -> None:
         """Ends the loop at its next top, after a save."""
@@ -311,20 +371,41 @@ class Run(PastRun):
 
         Raises:
             Error: what made a save fail that nobody waited for.
+            RunTakenOver: if another process has taken the run, and metrics of this one are lost.
         """
-        for loop in self._loops:
-            loop.end()
+        self._enter(None)
         self._forget_exit()
         writer, self._writer = self._writer, None
-        if writer is None:
+        if writer is None or self._vault.seam.pid() != self._pid:
             return
         writer.close()
+        try:
+            writer.raise_failed()
+        finally:
+            lost = self._leave(writer)
         self._say_notices(writer)
-        writer.raise_failed()
-        if self.rank == 0:
-            _, extra = self._take_metrics(-1, {})
-            end = [*extra, Close(writer.term.nonce)]
-            self._append(lambda history: end if history.term == writer.term.number else None)
+        if lost:
+            self._warn(f"given after the last save, and not kept: {', '.join(lost)}")
+
+    def _leave(self, writer: Writer) -> list[str]:
+        """Writes what still waits and frees the run, if it is this process's; answers what could not be kept."""
+        stepless, events = self._take_metrics(None, {})
+        lost = [f"metric {name!r} of no step" for name in stepless]
+        lost += [f"attachment {name!r}" for name in self._new_attachments]
+        if self.rank != 0:
+            return lost
+        events += [Config(dict(self._new_config))] if self._new_config else []
+        events += writer.owed()
+
+        def decide(history: History) -> list[Any] | None:
+            if history.term == writer.term.number:
+                return [*events, Close(writer.term.nonce)]
+            if events:
+                check_fence(history, writer.term, self._vault.where)
+            return None
+
+        self._append(decide)
+        return lost
 
     def __enter__(self) -> Run:
         return self
@@ -358,7 +439,7 @@ class Run(PastRun):
 
 
 class _Config(dict[str, Any]):
-    """The configuration as it is; what is set goes into the next record."""
+    """The configuration as it is; what is set goes into the next record. Nothing can be taken out."""
 
     def __init__(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
         super().__init__({**stored, **{name: decode(value) for name, value in new.items()}})
@@ -372,6 +453,27 @@ class _Config(dict[str, Any]):
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 
+    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
+        self.update(other)
+        return self
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __delitem__(self, name: str) -> None:
+        raise UsageError(f"config {name!r} stays: a run's configuration only grows", do="set it to None")
+
+    def pop(self, name: str, *default: Any) -> Any:
+        del self[name]
+
+    def popitem(self) -> Any:
+        del self["…"]
+
+    def clear(self) -> None:
+        del self["…"]
+
 
 def _with_roles(state: Any) -> Any:
     """Top-level entries of an explicit state get their role from their name."""
@@ -381,18 +483,3 @@ def _with_roles(state: Any) -> Any:
         key: Roled(_ROLE_OF.get(key.lower(), "other") if isinstance(key, str) else "other", value)
         for key, value in state.items()
     }
-
-
-def _series(rows: dict[int, dict[str, Any]]) -> Series:
-    steps = sorted(rows)
-    names = sorted({name for row in rows.values() for name in row})
-    return Series(
-        steps,
-        {
-            name: [
-                encode_metric(rules.number(name, rows[step][name]), name) if name in rows[step] else None
-                for step in steps
-            ]
-            for name in names
-        },
-    )

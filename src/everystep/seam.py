@@ -94,6 +94,7 @@ class Pool:
     """A fixed set of daemon threads; unlike an executor, it takes work while the interpreter shuts down."""
 
     def __init__(self, workers: int, name: str) -> None:
+        self.workers = workers
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
@@ -103,14 +104,17 @@ class Pool:
         while (job := self._jobs.get()) is not None:
             job()
 
+    def start(self, function: Callable[[T], R], item: T) -> Task[R]:
+        task: Task[R] = Task(function, item)
+        self._jobs.put(task.run)
+        return task
+
     def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
         """Results in the order of the items, at most `window` of them under way or unread; the first error ends it."""
         pending: deque[Task[R]] = deque()
         try:
             for item in items:
-                task = Task(function, item)
-                self._jobs.put(task.run)
-                pending.append(task)
+                pending.append(self.start(function, item))
                 if len(pending) >= window:
                     yield pending.popleft().result()
             while pending:
@@ -160,6 +164,13 @@ class Seam:
     def now(self) -> float:
         return time.time()
 
+    def local_time(self, seconds: float) -> str:
+        """A time as local date and time; as it is, where no calendar reaches."""
+        try:
+            return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        except (OverflowError, ValueError, OSError):
+            return f"{seconds:g} s"
+
     def monotonic(self) -> float:
         return time.perf_counter()
 
@@ -199,7 +210,7 @@ class Seam:
             machine=_text("/etc/machine-id"),
             boot=f"{_text('/proc/sys/kernel/random/boot_id')} {namespace}".strip(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=_life(os.getpid())[1],
         )
 
     def is_gone(self, other: Process) -> bool:
@@ -215,7 +226,10 @@ class Seam:
             return True
         except PermissionError:
             pass
-        return _started(other.pid) != other.started
+        state, started = _life(other.pid)
+        # One that has ended and was not waited for by its parent still has its entry; one whose entry may not be
+        # read lives, as far as can be known.
+        return state in ("Z", "X") or (started != "" and started != other.started)
 
     def environ(self, name: str) -> str | None:
         return os.environ.get(name)
@@ -244,16 +258,21 @@ class Seam:
         if not self.in_main_thread():
             return lambda: None
         before: dict[int, Any] = {}
+        own = os.getpid()
 
         def handle(number: int, frame: Any) -> None:
-            stop(signal.Signals(number).name)
             earlier = before.get(number)
             signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
+            if os.getpid() != own:  # a forked child, such as a loader's worker, has no loop to end
+                os.kill(os.getpid(), number)
+                return
+            stop(signal.Signals(number).name)
             if callable(earlier) and earlier is not signal.default_int_handler:
                 earlier(number, frame)
 
         for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
 
         def restore() -> None:
             for number, earlier in before.items():
@@ -278,10 +297,11 @@ def _link(path: str) -> str:
         return ""
 
 
-def _started(pid: int) -> str:
-    """The kernel's start time of a process (ticks since boot): tells a reused pid from the process that had it."""
-    stat = _text(f"/proc/{pid}/stat")
-    return stat.rpartition(")")[2].split()[19] if stat else ""
+def _life(pid: int) -> tuple[str, str]:
+    """The kernel's state of a process, and its start time (ticks since boot), which tells a reused pid from the
+    process that had it."""
+    stat = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (stat[0], stat[19]) if len(stat) > 19 else ("", "")
 
 
 REAL = Seam()

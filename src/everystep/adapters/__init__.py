@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from everystep.adapters import numpy as numpy_adapter
@@ -30,7 +31,9 @@ class Adapter(Protocol):
     def apply(
         self, target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
     ) -> Place | None: ...
+    def view(self, payload: Any) -> np.ndarray[Any, Any] | None: ...
     def copy(self, payload: Any, target: np.ndarray[Any, Any]) -> None: ...
+    def not_captured(self, target: Any, path: str) -> list[str]: ...
     def fence(self) -> None: ...
     def world(self) -> tuple[int, int] | None: ...
     def random_state(self) -> dict[str, Any]: ...
@@ -41,10 +44,14 @@ class Adapter(Protocol):
 _FRAMEWORKS = {"torch": "everystep.adapters.torch"}
 
 
+@cache
+def _framework_adapter(name: str) -> Any:
+    return importlib.import_module(_FRAMEWORKS[name])
+
+
 def active() -> list[Any]:
     """The adapters of the frameworks that this program uses, NumPy last."""
-    found = [importlib.import_module(path) for name, path in _FRAMEWORKS.items() if name in sys.modules]
-    return [*found, numpy_adapter]
+    return [*[_framework_adapter(name) for name in _FRAMEWORKS if name in sys.modules], numpy_adapter]
 
 
 def adapter_for_kind(kind: str) -> Any:
@@ -55,7 +62,7 @@ def adapter_for_kind(kind: str) -> Any:
     if framework not in _FRAMEWORKS:
         raise Damaged(f"unknown kind of leaf {kind!r}", do="was it written by a newer everystep?")
     try:
-        return importlib.import_module(_FRAMEWORKS[framework])
+        return _framework_adapter(framework)
     except ImportError as error:
         raise Unsupported(
             f"the checkpoint holds {framework} objects and {framework} is not installed here",
@@ -63,8 +70,7 @@ def adapter_for_kind(kind: str) -> Any:
         ) from error
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, gc=False):
     """An array and the adapter that can copy it."""
 
     adapter: Any
@@ -76,16 +82,25 @@ def describe(value: Any, path: str) -> Any:
     for adapter in active():
         found = adapter.describe(value, path)
         if isinstance(found, Described):
-            return replace(found, payload=Held(adapter, found.payload))
+            held = Held(adapter, found.payload)
+            return Described(found.dtype, found.shape, found.kind, held, found.identity, found.boxes)
         if found is not None:
             return found
     return None
 
 
+def view(payload: Any) -> np.ndarray[Any, Any] | None:
+    """The memory that holds one array's bytes in C order, as flat uint8; None where only `copy` can bring them."""
+    if isinstance(payload, bytes):
+        return np.frombuffer(payload, np.uint8)
+    return payload.adapter.view(payload.payload)  # type: ignore[no-any-return]
+
+
 def copy(payload: Any, target: np.ndarray[Any, Any]) -> None:
     """One array's bytes in C order into a flat uint8 buffer of the right size."""
-    if isinstance(payload, bytes):
-        target[:] = np.frombuffer(payload, np.uint8)
+    source = view(payload)
+    if source is not None:
+        np.copyto(target, source)
     else:
         payload.adapter.copy(payload.payload, target)
 
@@ -120,7 +135,8 @@ def apply(target: Any, state: Any, path: str, tracked: Mapping[str, Any], report
 
 
 def has_state(target: Any) -> bool:
-    return callable(getattr(target, "state_dict", None)) and callable(getattr(target, "load_state_dict", None))
+    methods = (getattr(target, name, None) for name in ("state_dict", "load_state_dict"))
+    return not isinstance(target, type) and all(callable(method) for method in methods)
 
 
 def is_pair(target: Any) -> bool:
@@ -141,6 +157,17 @@ def check_trackable(target: Any, path: str) -> None:
     """Raises Unsupported at once for what `capture` would refuse later."""
     if not (is_pair(target) or has_state(target) or any(adapter.owns(target) for adapter in active())):
         raise untrackable(target, path)
+
+
+def not_captured(target: Any, path: str) -> list[str]:
+    """What of a tracked object a save leaves out, as sentences."""
+    for adapter in active():
+        if adapter.owns(target):
+            try:
+                return list(adapter.not_captured(target, path))
+            except Unsupported:
+                return []  # not built yet; the save will say so
+    return []
 
 
 def fence() -> None:

@@ -171,16 +171,21 @@ def apply(
     return lambda: target.setstate(_unpack_python(state))
 
 
+def view(payload: Array) -> Array | None:
+    return payload.reshape(-1).view(np.uint8) if payload.nbytes and payload.flags.c_contiguous else None
+
+
 def copy(payload: Array, target: Array) -> None:
     if payload.nbytes == 0:
-        return
-    if payload.flags.c_contiguous:
-        np.copyto(target, payload.reshape(-1).view(np.uint8))
         return
     # As void, so that padding between fields and behind long doubles is copied too and equal states have equal bytes.
     void = np.dtype((np.void, payload.dtype.itemsize))
     dtype = payload.dtype if payload.dtype.kind in "biu" and payload.dtype.names is None else void
     np.copyto(target.view(dtype).reshape(payload.shape), payload.view(dtype))
+
+
+def not_captured(target: Any, path: str) -> list[str]:
+    return []  # a generator is its state
 
 
 def fence() -> None:

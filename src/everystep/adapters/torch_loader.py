@@ -2,90 +2,119 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterable, Iterator
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
 
-from everystep.adapters.loader import IterableSource
+from everystep import adapters
+from everystep.adapters.loader import IterableSource, Stream, generators, seed_all
 
-_COPIED = (
-    "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator",
-    "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order",
+# Samplers that take nothing from the global generators once they have begun.
+_EAGER = (
+    BatchSampler, DistributedSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler,
 )  # fmt: skip
+_END = object()
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-class _Numbered(list[Any]):
-    """The indices of one batch, with the batch's number in the epoch."""
+class _Seeded:
+    """Indices on their way to a worker process, which seeds its generators when they arrive: so the random numbers
+    behind a batch depend on the epoch's seed and the batch's number alone, whichever worker makes it, and however
+    many it made before."""
 
-    number = 0
+    def __init__(self, indices: Any, seed: int) -> None:
+        self._indices, self._seed = indices, seed
 
     def __reduce__(self) -> Any:
-        return _numbered, (list(self), self.number)
+        return _arrive, (self._indices, self._seed)
 
 
-def _numbered(indices: list[Any], number: int) -> _Numbered:
-    made = _Numbered(indices)
-    made.number = number
-    return made
+def _arrive(indices: Any, seed: int) -> Any:
+    seed_all({"python": seed, "numpy": seed, "torch": seed})
+    worker = get_worker_info()
+    for number, generator in enumerate(generators(worker.dataset).values() if worker is not None else ()):
+        _reseed(generator, (seed + number + 1) % (1 << 62))
+    return indices
 
 
-class _Skipping:
-    """A batch sampler that starts at any batch. What draws random numbers to start does so when iteration starts."""
+def _reseed(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed & 0xFFFFFFFF)
+    elif isinstance(generator, random.Random):
+        generator.seed(seed)
 
-    def __init__(self, inner: Any, seeded: bool) -> None:
+
+class _Order:
+    """A batch sampler that starts at any batch; what it draws comes from a stream of its own."""
+
+    def __init__(self, inner: Any, seeded: bool, window: int) -> None:
         self._inner, self._seeded = inner, seeded
+        parts = (inner, getattr(inner, "sampler", None))
+        self._eager = all(type(part) in _EAGER for part in parts if part is not None)
+        self._marks: deque[tuple[int, int | None]] = deque(maxlen=window + 2)
+        self.seeds: Mapping[str, int] = {}
         self.skip = 0
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self._inner)
+        """What is skipped is drawn here and now, in the surroundings in which the epoch began."""
+        self._marks.clear()
+        batches = self._draw()
         for _ in range(self.skip):
             next(batches, None)
-        first = next(batches, None)
-        return self._rest(first, batches, self.skip)
+        return batches
 
-    def _rest(self, first: Any, batches: Iterator[Any], number: int) -> Iterator[Any]:
-        if first is None:
-            return
-        yield _numbered(first, number) if self._seeded else first
-        for indices in batches:
+    def _draw(self) -> Iterator[Any]:
+        run: Callable[[Callable[[], Any]], Any] = Stream(self.seeds).run
+        batches = run(lambda: iter(self._inner))
+        number, mark = 0, 0
+        while (indices := run(lambda: next(batches, _END))) is not _END:
             number += 1
-            yield _numbered(indices, number) if self._seeded else indices
+            mark = _mark(indices, mark)
+            self._marks.append((number, mark))
+            seed = (self.seeds["torch"] + _GOLDEN * number) % (1 << 62)
+            yield _Seeded(indices, seed) if self._seeded else indices
+            if self._eager:
+                run = _at_once
+
+    def mark(self, number: int) -> int | None:
+        """A checksum over the indices of the first `number` batches, as far as it is still known."""
+        return next((mark for at, mark in self._marks if at == number), None)
 
 
-class _Seeded(Dataset[Any]):
-    """In a worker process, random numbers depend on the epoch's seed and the batch's number alone: the same batch
-    comes out whichever worker makes it, and however many batches that worker made before."""
+def _at_once(function: Callable[[], Any]) -> Any:
+    return function()
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
 
-    def __len__(self) -> int:
-        return len(self._inner)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_inner":
-            raise AttributeError(name)
-        return getattr(self._inner, name)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._inner[index]
-
-    def __getitems__(self, indices: Any) -> Any:
-        worker = get_worker_info()
-        if worker is not None and isinstance(indices, _Numbered):
-            seed = (worker.seed - worker.id + 0x9E3779B97F4A7C15 * (indices.number + 1)) % (1 << 63)
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed % (1 << 32))
-        fetch = getattr(self._inner, "__getitems__", None)
-        return fetch(list(indices)) if callable(fetch) else [self._inner[index] for index in indices]
+def _mark(indices: Any, mark: int) -> int:
+    try:
+        array = np.asarray(indices)
+    except (ValueError, TypeError, RuntimeError):
+        return mark  # indices of a kind that has no checksum
+    return zlib.crc32(array.astype("<i8").tobytes(), mark) if array.dtype.kind in "iu" else mark
 
 
 class LoaderSource(IterableSource):
@@ -94,59 +123,65 @@ class LoaderSource(IterableSource):
     def __init__(self, loader: DataLoader[Any]) -> None:
         super().__init__(loader)
         self._loader = loader
-        batched = loader.batch_sampler is not None
-        self._sampler = _Skipping(
-            loader.batch_sampler if batched else loader.sampler, batched and loader.num_workers > 0
-        )
-        options = {name: getattr(loader, name) for name in _COPIED if hasattr(loader, name)}
-        if not options.get("pin_memory_device"):
-            options.pop("pin_memory_device", None)
-        if loader.num_workers == 0:
-            options.pop("prefetch_factor", None)
-        dataset = _Seeded(loader.dataset) if self._sampler._seeded else loader.dataset
-        if batched:
-            self._copy: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, **options)
-        else:
-            self._copy = DataLoader(dataset, batch_size=None, sampler=self._sampler, **options)
+        name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+        ahead = loader.num_workers * (loader.prefetch_factor or 0)
+        self._order = _Order(getattr(loader, name), loader.num_workers > 0, ahead)
+        # Not the user's generator: with workers that stay, it would be drawn from in the first epoch alone.
+        self._seeder = torch.Generator()
+        self._copy = copy.copy(loader)
+        self._copy.__dict__.update({name: self._order, "_iterator": None, "generator": self._seeder})
 
-    def start(self, epoch: int, skip: int) -> Iterator[Any]:
-        for sampler in (self._loader.sampler, self._loader.batch_sampler):
-            if callable(getattr(sampler, "set_epoch", None)):
-                sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        self._sampler.skip = skip
+    def start(self, begun: Mapping[str, Any], epoch: int, skip: int) -> Iterator[Any]:
+        self._set_epoch(epoch)
+        self.set_generators(begun["generators"])
+        self._order.seeds, self._order.skip = begun["seeds"], skip
+        self._seeder.manual_seed(begun["seeds"]["torch"])
         return iter(self._copy)
 
-    def _generators(self) -> dict[str, torch.Generator]:
-        """The user's own generators: the loader's, the sampler's."""
-        found = {"loader": self._loader.generator, "sampler": getattr(self._loader.sampler, "generator", None)}
-        return {name: g for name, g in found.items() if isinstance(g, torch.Generator)}
-
-    def state(self, epoch: int) -> dict[str, Any]:
+    def state(self, consumed: int) -> dict[str, Any]:
         return {
-            "length": self.length,
+            **super().state(consumed),
             "workers": self._loader.num_workers,
             "batch_size": self._loader.batch_size,
-            "generators": {name: g.get_state() for name, g in self._generators().items()},
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        for name, g in self._generators().items():
-            if name in state.get("generators", {}):
-                g.set_state(torch.as_tensor(state["generators"][name]))
-
-    def compare(self, state: dict[str, Any]) -> list[str]:
+    def compare(self, state: Mapping[str, Any]) -> list[str]:
         found = super().compare(state)
         if state.get("batch_size") != self._loader.batch_size:
             found.append(f"the batch size was {state.get('batch_size')}, is {self._loader.batch_size}")
         if (state.get("workers", 0) == 0) != (self._loader.num_workers == 0):
             found.append(f"the loader had {state.get('workers')} workers, has {self._loader.num_workers}")
-        if self._loader.batch_size is None and self._loader.num_workers > 0 and self._loader.batch_sampler is None:
-            found.append("random numbers drawn in workers of a loader without batches are not kept in mid-epoch")
+        if not getattr(self._loader, "in_order", True):
+            found.append("the loader gives batches in the order in which its workers finish (in_order=False)")
         return found
+
+    def _mark(self, consumed: int) -> int | None:
+        return self._order.mark(consumed)
+
+
+class StreamSource(IterableSource):
+    """Another DataLoader: of an IterableDataset, or of a class that iterates in its own way."""
+
+    def compare(self, state: Mapping[str, Any]) -> list[str]:
+        found, loader = super().compare(state), self._batches
+        if state.get("workers") != getattr(loader, "num_workers", None):
+            found.append(f"the loader had {state.get('workers')} workers, has {getattr(loader, 'num_workers', None)}")
+        if getattr(loader, "persistent_workers", False):
+            found.append("workers that stay (persistent_workers=True) keep random numbers and positions of their own")
+        if not getattr(loader, "in_order", True):
+            found.append("the loader gives batches in the order in which its workers finish (in_order=False)")
+        return found
+
+    def state(self, consumed: int) -> dict[str, Any]:
+        return {**super().state(consumed), "workers": getattr(self._batches, "num_workers", None)}
 
 
 def source(loader: Iterable[Any]) -> Any:
-    """A source for a map-style DataLoader; None for anything else."""
-    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return LoaderSource(loader)
-    return None
+    """A source for a DataLoader; None for anything else."""
+    if not isinstance(loader, DataLoader):
+        return None
+    kind = type(loader)
+    ordinary = (kind.__iter__, kind._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
+    if isinstance(loader.dataset, IterableDataset) or not ordinary or adapters.has_state(loader):
+        return StreamSource(loader)
+    return LoaderSource(loader)

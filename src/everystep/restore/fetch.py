@@ -92,19 +92,26 @@ def _whole(pieces: list[_Piece], path: str) -> Array:
         return pieces[0].buffer
     if any((piece.leaf.shape, piece.leaf.dtype) != (leaf.shape, leaf.dtype) for piece in pieces):
         raise Mismatch("ranks saved this leaf with different shapes", where=path, do="save it under one path per shape")
+    elements, held = math.prod(leaf.shape), sum(piece.region.box.size for piece in pieces)
+    if held < elements:  # before memory is taken for the shape, which may be a lie
+        raise _uncovered(held, elements, path)
     dtype = np.dtype((np.void, parse(leaf.dtype).itemsize))
-    out = np.empty(math.prod(leaf.shape) * dtype.itemsize, np.uint8)
-    covered = np.zeros(math.prod(leaf.shape), bool)
+    out = np.empty(elements * dtype.itemsize, np.uint8)
+    if not dtype.itemsize:
+        return out
+    covered = np.zeros(elements, bool)
     for piece in pieces:
         box = piece.region.box
         _shaped(covered, leaf, box)[box.index()] = True
         if piece.buffer.nbytes:
             _shaped(out.view(dtype), leaf, box)[box.index()] = piece.buffer.view(dtype).reshape(box.shape)
     if not covered.all():
-        raise Damaged(
-            f"the ranks hold {int(covered.sum())} of {covered.size} elements of this leaf", where=path, do="run fsck"
-        )
+        raise _uncovered(int(covered.sum()), elements, path)
     return out
+
+
+def _uncovered(held: int, elements: int, path: str) -> Damaged:
+    return Damaged(f"the ranks hold {held} of {elements} elements of this leaf", where=path, do="run fsck")
 
 
 def _shaped(flat: Array, leaf: Leaf, box: Box) -> Array:

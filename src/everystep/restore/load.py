@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,11 @@ class Opened:
     def tree(self) -> Tree:
         """The tree of rank 0; other ranks' leaves of the same paths are parts of the same leaves."""
         return self.manifest.views[0].tree
+
+    def of_rank(self, rank: int) -> Opened | None:
+        """What one rank saved, and that alone; None if there was no such rank."""
+        views = tuple(view for view in self.manifest.views if view.part.logical.rank == rank)
+        return Opened(self._vault, self._commit, replace(self.manifest, views=views)) if views else None
 
     def names(self) -> list[str]:
         """The top-level names of the state."""
@@ -77,11 +83,9 @@ class Opened:
         return total
 
     def _trees(self, path: str) -> list[Tree]:
-        trees = [select(self.tree, path)]
-        for view in self.manifest.views[1:]:
-            if any(name == path for name, _, _ in paths_of(view.tree)):
-                trees.append(select(view.tree, path))
-        return trees
+        """The part under a path, of every rank that has one."""
+        having = [view.tree for view in self.manifest.views if any(name == path for name, _, _ in paths_of(view.tree))]
+        return [select(tree, path) for tree in having] or [select(self.tree, path)]
 
     @contextmanager
     def _open_pool(self) -> Iterator[Any]:

@@ -211,11 +211,14 @@ def await_settled(vault: RunVault, term: Term, draft: Draft) -> str:
             if id is not None:
                 return id
             missing = history.missing_ranks.get(key, [])
-            raise SaveAbandoned(
-                f"step {draft.step} was abandoned: rank {_list(set(missing))} did not deliver",
+            why = f"rank {_list(set(missing))} did not deliver" if missing else "rank 0 says why"
+            error = SaveAbandoned(
+                f"step {draft.step} was abandoned: {why}",
                 where=vault.where,
                 do="look at those ranks; the previous checkpoint is whole",
             )
+            error.missing = tuple(missing)
+            raise error
         check_fence(history, term, vault.where)
         vault.seam.sleep(vault.settings.poll_seconds)
     raise SaveAbandoned(

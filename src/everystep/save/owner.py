@@ -42,12 +42,12 @@ def take_run(
 
 def _await_owner(vault: RunVault) -> None:
     history = vault.history()
-    slots, said = history.slots, False
+    written, said = _written(history), False
     begun = vault.seam.monotonic()
     while not _is_free(vault, history, vault.seam.monotonic() - begun):
         owner = history.owner.process if history.owner else {}
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-        if history.slots > slots:
+        if _written(history) != written:
             raise RunInUse(
                 f"{who} is writing this run",
                 where=vault.where,
@@ -64,17 +64,29 @@ def _await_owner(vault: RunVault) -> None:
         history = vault.history()
 
 
+def _written(history: History) -> tuple[int, int]:
+    """Grows with what an owner writes; tags, notes and late metrics, which anybody may write, do not count."""
+    return history.term, len(history.settled)
+
+
 def _is_free(vault: RunVault, history: History, waited: float) -> bool:
     if history.owner is None or history.closed:
         return True
-    owner = _process(history.owner.process)
-    here = vault.seam.process()
-    if (owner.boot, owner.pid, owner.started) == (here.boot, here.pid, here.started):
-        return True  # this very process opened it before: a notebook cell run again
-    if vault.seam.is_gone(owner):
+    if _is_own(vault, history.owner) or _is_gone(vault, history.owner):
         return True
-    silent = max(waited, vault.seam.now() - history.last_time if owner.host != here.host else waited)
+    away = history.owner.process.get("host") != vault.seam.process().host
+    silent = max(waited, vault.seam.now() - history.last_time if away else waited)
     return silent >= vault.settings.takeover_seconds
+
+
+def _is_own(vault: RunVault, owner: Open) -> bool:
+    """Whether this very process opened it before: a notebook cell run again."""
+    there, here = _process(owner.process), vault.seam.process()
+    return (there.boot, there.pid, there.started) == (here.boot, here.pid, here.started)
+
+
+def _is_gone(vault: RunVault, owner: Open) -> bool:
+    return not _is_own(vault, owner) and vault.seam.is_gone(_process(owner.process))
 
 
 def _process(fields: dict[str, Any]) -> Process:
@@ -91,8 +103,10 @@ def join_run(vault: RunVault, launch: str) -> Term:
     deadline = vault.seam.monotonic() + vault.settings.rank_deadline_seconds
     while vault.seam.monotonic() < deadline:
         history = vault.history()
-        if history.owner is not None and history.owner.launch == launch and not history.closed:
-            return Term(history.term, history.owner.nonce, f"{vault.seam.token(16)}-{history.term}")
+        owner = history.owner
+        # A launch id that is used again: the term of a rank 0 that has died is not the one to join.
+        if owner is not None and owner.launch == launch and not history.closed and not _is_gone(vault, owner):
+            return Term(history.term, owner.nonce, f"{vault.seam.token(16)}-{history.term}")
         vault.seam.sleep(vault.settings.poll_seconds)
     raise SaveAbandoned(
         f"rank 0 of launch {launch!r} has not opened the run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from blake3 import blake3
 
 from everystep import codecs
+from everystep.errors import StorageError
 from everystep.save.snapshot import Snapshot
 from everystep.seam import Pool
 from everystep.vault import Manifest, PackName, PackWriter, RunVault, Spot, Term
@@ -30,6 +32,8 @@ from everystep.vault.packs import Slot
 from everystep.vault.record import Where
 
 MANIFEST_BYTES_MAX = 1 << 30
+CHUNKS_AHEAD = 16
+"""Encoded and waiting to be stored: as much as one pack, in which time the next can be encoded."""
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Stored:
     new: list[tuple[PackName, int]]
     raw_bytes: int
     changed: bool
-    """Whether any byte but the random state differs from what was known."""
+    """Whether any byte but the random state differs from what was known; true where there is no other."""
     known: Known
 
     @property
@@ -144,26 +148,36 @@ class PartWriter:
     # chunks
 
     def _write_chunks(self, snapshot: Snapshot) -> tuple[list[bytes], list[Slot | Spot], bool]:
-        fresh: dict[bytes, Slot] = {}
+        roles = [snapshot.layout.streams[chunk.stream].role for chunk in snapshot.layout.chunks]
         hashes: list[bytes] = []
         slots: list[Slot | Spot] = []
+        self._fresh: dict[bytes, Slot] = {}
         self._codecs: dict[bytes, int] = {}
-        changed = False
-        count = len(snapshot.layout.chunks)
-        encoded = self._pool.map(lambda i: self._encode(snapshot, i), range(count), 2 * self._settings.workers)
-        for index, result in enumerate(encoded):
-            role = snapshot.layout.streams[snapshot.layout.chunks[index].stream].role
-            hashes.append(result.hash)
-            if result.known is not None:
-                slots.append(result.known)
-                continue
-            changed = changed or role != "rng"
-            if result.hash not in fresh:
-                packs = self._optimizer if role == "optimizer" else self._main
-                fresh[result.hash] = packs.add(result.pieces)
-                self._codecs[result.hash] = result.codec
-            slots.append(fresh[result.hash])
+        self._whole = True
+        changed = all(stream.role == "rng" or not stream.nbytes for stream in snapshot.layout.streams)
+        encoded = self._pool.map(lambda i: self._encode(snapshot, i), range(len(roles)), 2 * self._settings.workers)
+        # One thread stores, in order, so that the others go on encoding meanwhile.
+        with closing(self._vault.seam.pool(1, "everystep-store")) as storing:
+            for found, role, slot in storing.map(self._store, zip(encoded, roles), CHUNKS_AHEAD):
+                hashes.append(found.hash)
+                slots.append(slot)
+                changed = changed or (found.known is None and role != "rng")
         return hashes, slots, changed
+
+    def _store(self, item: tuple[_Encoded, str]) -> tuple[_Encoded, str, Slot | Spot]:
+        """Adds a chunk to its pack, once for all that are equal; in the storing thread."""
+        found, role = item
+        if found.known is not None:
+            return found, role, found.known
+        if not self._whole:
+            raise StorageError("a chunk before this one was not stored", where=self._vault.where)
+        if found.hash not in self._fresh:
+            self._whole = False
+            packs = self._optimizer if role == "optimizer" else self._main
+            self._fresh[found.hash] = packs.add(found.pieces)
+            self._codecs[found.hash] = found.codec
+            self._whole = True
+        return found, role, self._fresh[found.hash]
 
     def _encode(self, snapshot: Snapshot, index: int) -> _Encoded:
         data = snapshot.chunk(index)

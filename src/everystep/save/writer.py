@@ -14,7 +14,7 @@ from everystep.save.snapshot import Arena, Snapshot
 from everystep.vault import RunVault, Term
 from everystep.vault.manifest import settle
 from everystep.vault.names import PackName
-from everystep.vault.record import Attach, Cost, Metrics
+from everystep.vault.record import Attach, Cost, Metrics, Series
 
 ATTACH_PIECE = 4 << 20
 
@@ -33,6 +33,32 @@ class Job:
     stall_seconds: float
     queued: float
     saved: Saved = field(default_factory=lambda: Saved(0, None, None))
+
+
+@dataclass(frozen=True)
+class _Owed:
+    """What travelled with a save that failed: it goes with the next."""
+
+    saved: Saved
+    step: int
+    metrics: dict[str, Any]
+    extra: list[Any]
+    attachments: dict[str, bytes]
+
+    def events(self) -> list[Any]:
+        """All but the attachments, as events of another step's record."""
+        values = {name: [value] for name, value in self.metrics.items()}
+        return [*self.extra, Series([self.step], values)] if values else self.extra
+
+
+@dataclass(frozen=True)
+class _Doubt:
+    """A save whose record may have landed although its put failed."""
+
+    ordinal: int
+    step: int
+    content: str
+    saved: Saved
 
 
 class Saved:
@@ -91,14 +117,15 @@ class Writer:
         """Id of the checkpoint that the next one continues from."""
         self.known = Known()
         """What that checkpoint holds."""
-        self.arena = Arena()
         self.notices: list[str] = []
         self._condition = vault.seam.condition()
         self._pool = vault.seam.pool(vault.settings.workers, "everystep-encode")
+        self.arena = Arena(self._pool)
         self._job: Job | None = None
         self._failed: list[Saved] = []
         self._lost: RunTakenOver | None = None
-        self._in_doubt: int | None = None
+        self._in_doubt: _Doubt | None = None
+        self._owed: list[_Owed] = []
         self._ended = False
         self._last_step: int | None = None
         self._thread = vault.seam.start(self._work, "everystep-save")
@@ -122,6 +149,10 @@ class Writer:
                 raise saved._error
         if self._lost is not None:
             raise self._lost
+
+    def owed(self) -> list[Any]:
+        """Events of saves that failed, for the last record of this process."""
+        return [event for owed in self._owed for event in owed.events()]
 
     def submit(self, job: Job, finish: Callable[[str], Any]) -> Saved:
         job.saved = Saved(job.step, self._condition, finish)
@@ -150,8 +181,10 @@ class Writer:
                 return
             id, error = self._try(job)
             if error is not None:
-                self._failed.append(job.saved)
+                self._owed.append(_Owed(job.saved, job.step, job.metrics, job.extra, job.attachments))
             job.saved.settle(id, error)
+            if error is not None:
+                self._failed.append(job.saved)  # once it is settled: who looks now sees what went wrong
             with self._condition:
                 self._job = None
                 self._condition.notify_all()
@@ -174,6 +207,7 @@ class Writer:
 
     def _save(self, job: Job) -> str:
         self._settle_doubt()
+        self._pay(job)
         self.term.ordinal += 1
         draft = Draft(
             self._vault.seam.token(8), job.step, self.parent, job.metrics, self.term.ordinal, job.reason, self.ranks
@@ -181,8 +215,10 @@ class Writer:
         try:
             id, stored = self._write(job, draft)
         except Condemned:
-            self.known = Known()
-            id, stored = self._write(job, replace(draft, id=self._vault.seam.token(8)))
+            self.known, draft = Known(), replace(draft, id=self._vault.seam.token(8))
+            id, stored = self._write(job, draft)
+        if self.rank == 0 and id != draft.id:
+            return id  # it was saved before: nothing has changed
         if not stored.changed and self._last_step is not None and job.step > self._last_step:
             self.notices.append(
                 f"step {job.step}: no byte changed since step {self._last_step}; is it the state that trains?"
@@ -219,7 +255,10 @@ class Writer:
         )  # fmt: skip
         stored.changed = stored.changed or any(receipt.changed for receipt in others)
         commit = commits.commit_event(draft, self.term, stored, others, root, logical, cost)
-        self._append(lambda history: commits.decide_commit(history, self.term, commit, events, self._vault.where))
+        doubt = _Doubt(draft.ordinal, job.step, content, job.saved)
+        self._append(
+            lambda history: commits.decide_commit(history, self.term, commit, events, self._vault.where), doubt
+        )
         self.term.steps[job.step] = (content, draft.id)
         return draft.id, stored
 
@@ -237,25 +276,46 @@ class Writer:
     def _gather(self, draft: Draft) -> list[commits.Receipt]:
         try:
             return commits.gather(self._vault, self.term, draft)
-        except SaveAbandoned as error:
-            commits.abandon(self._vault, self.term, draft, list(error.missing), self._author)
+        except RunTakenOver:
+            raise
+        except Error as error:
+            missing = list(error.missing) if isinstance(error, SaveAbandoned) else []
+            commits.abandon(self._vault, self.term, draft, missing, self._author)
             raise
 
-    def _append(self, decide: Callable[[Any], list[Any] | None]) -> None:
+    def _append(self, decide: Callable[[Any], list[Any] | None], doubt: _Doubt | None = None) -> None:
         try:
             self._vault.log.append(decide, self._author)
         except StorageError:
-            self._in_doubt = self.term.ordinal
+            self._in_doubt = doubt
             raise
 
     def _settle_doubt(self) -> None:
-        """A record whose put failed may lie there all the same: then it is the parent of what comes now."""
-        if self._in_doubt is None:
+        """A record whose put failed may lie there all the same: then it is the parent of what comes now, and its
+        step is saved."""
+        doubt = self._in_doubt
+        if doubt is None:
             return
-        id = self._vault.history().settled.get((self.term.nonce, self._in_doubt))
+        id = self._vault.log.confirm().settled.get((self.term.nonce, doubt.ordinal))
         self._in_doubt = None
         if id is not None:
             self.parent = id
+            self.term.steps[doubt.step] = (doubt.content, id)
+            self._owed = [owed for owed in self._owed if owed.saved is not doubt.saved]
+
+    def _pay(self, job: Job) -> None:
+        """Lets a save carry what those before it failed to store."""
+        events: list[Any] = []
+        metrics: dict[str, Any] = {}
+        attachments: dict[str, bytes] = {}
+        for owed in self._owed:
+            attachments.update(owed.attachments)
+            if owed.step == job.step:
+                metrics.update(owed.metrics)
+            events += owed.extra if owed.step == job.step else owed.events()
+        job.extra = [*events, *job.extra]
+        job.metrics, job.attachments = {**metrics, **job.metrics}, {**attachments, **job.attachments}
+        self._owed = []
 
 
 def _saved_before(step: int, where: str) -> Conflict:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 AXES_MAX = 64
 """NumPy's own limit; a product of more axes than any array has costs time that grows with their square."""
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(msgspec.Struct, frozen=True, gc=False):
     """`start` and `shape` in elements per axis; with `flat`, one axis over the leaf's elements in C order."""
 
     start: tuple[int, ...]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
+
 from everystep.schema.box import Box
 from everystep.schema.dtype import parse
 from everystep.schema.tree import Leaf
@@ -25,8 +27,7 @@ class Stream:
     itemsize: int
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(msgspec.Struct, frozen=True, gc=False):
     """Where one box of a leaf lies."""
 
     leaf: int
@@ -37,8 +38,7 @@ class Region:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """A contiguous range of a stream."""
 
     stream: int
@@ -74,11 +74,14 @@ class Layout:
 def lay_out(leaves: Sequence[Leaf], chunk_bytes_max: int, small_leaf_bytes: int) -> Layout:
     """Boxes of `small_leaf_bytes` and more have a stream of their own; smaller ones share one per (role, dtype)."""
     shared: dict[tuple[str, str], int] = {}
+    itemsizes: dict[str, int] = {}
     sizes: list[int] = []
     kinds: list[tuple[str, str, int]] = []
     regions: list[Region] = []
     for index, leaf in enumerate(leaves):
-        itemsize = parse(leaf.dtype).itemsize
+        if leaf.dtype not in itemsizes:
+            itemsizes[leaf.dtype] = parse(leaf.dtype).itemsize
+        itemsize = itemsizes[leaf.dtype]
         for box in leaf.boxes or (Box.whole(leaf.shape),):
             nbytes = box.size * itemsize
             key = (leaf.role, leaf.dtype)

@@ -8,14 +8,18 @@ import difflib
 import enum
 import functools
 import heapq
+import math
 import types as pytypes
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from everystep.errors import Damaged, Mismatch, NotFound, Unsupported
 from everystep.schema import plain
 from everystep.schema.box import Box
+from everystep.schema.dtype import parse
 
 ROLES = ("weights", "optimizer", "buffer", "rng", "other")
 DEPTH_MAX = 100
@@ -26,8 +30,7 @@ _DICTS: dict[type, str] = {dict: "dict", collections.OrderedDict: "ordered", col
 _DICT_TYPES: dict[str, type] = {name: kind for kind, name in _DICTS.items()}
 
 
-@dataclass(frozen=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True, gc=False):
     """One array: its path, element type, global shape, role, what it was, and the boxes held of it (none: all)."""
 
     path: str
@@ -37,9 +40,13 @@ class Leaf:
     kind: str = "array"
     boxes: tuple[Box, ...] = ()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole array, whatever part of it is held."""
+        return math.prod(self.shape) * parse(self.dtype).itemsize
 
-@dataclass(frozen=True)
-class Described:
+
+class Described(msgspec.Struct, frozen=True, gc=False):
     """What an adapter says of an array it knows. `identity` is equal for two names of one memory."""
 
     dtype: str
@@ -157,6 +164,8 @@ class _Flattener:
         self.leaves: list[Leaf] = []
         self.payloads: list[Any] = []
         self.known: dict[Hashable, int] = {}
+        self.foreign: set[type] = set()
+        """Types that are known to be neither plain nor a container: most leaves are of one type."""
 
     def visit(self, value: Any, path: str, role: str, depth: int) -> None:
         if depth > DEPTH_MAX:
@@ -165,6 +174,8 @@ class _Flattener:
             )
         if isinstance(value, Roled):
             self.visit(value.value, path, value.role, depth + 1)
+        elif type(value) in self.foreign:
+            self._foreign(value, path, role, depth)
         elif type(value) in (bytes, str) and len(value) > TEXT_MAX:
             self._long_text(value, path, role)
         elif plain.is_plain(value):
@@ -195,6 +206,7 @@ class _Flattener:
             fields = {name: child for name, child in fields.items() if child is not _UNSET}
             self._record("dataclass", kind.__qualname__, fields, path, role, depth)
         else:
+            self.foreign.add(kind)
             self._foreign(value, path, role, depth)
 
     def _record(self, node: str, name: str, parts: dict[str, Any], path: str, role: str, depth: int) -> None:

@@ -45,8 +45,14 @@ def open_storage(place: str, seam: Seam) -> Any:
     """The storage for a folder or URL.
 
     Raises:
-        UsageError: for a URL whose scheme is not known.
+        UsageError: for a URL whose scheme is not known, or what cannot be a path at all.
     """
+    try:
+        fits = b"\0" not in place.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise UsageError(f"{place[:80]!r} cannot be a path", do="give a folder, for example everystep.open('runs')")
     match = _URL.fullmatch(place)
     if match is None:
         return LocalStorage(place, seam)

@@ -13,14 +13,16 @@ from everystep.seam import Seam
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # there the file system itself keeps its folders in order
 _PIECE = 8 << 20
 
 
 class LocalStorage:
     """Objects as files. An object appears by rename or link of a file that was written and synced beside it.
 
-    Order on disk: data, fsync of the file, rename or link, fsync of the folder, and of every folder above it that
-    this process has not synced yet. A file whose fsync failed is never synced again: the next attempt is a new file.
+    Order on disk: data, fsync of the file, rename or link, fsync of the folder; before that, of every folder above it
+    that this process has not synced yet, whoever made it. A file whose fsync failed is never synced again: the next
+    attempt is a new file.
     """
 
     def __init__(self, folder: str, seam: Seam) -> None:
@@ -32,10 +34,13 @@ class LocalStorage:
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
         path = self._path(key)
-        with self._errors(key):
+        with self._errors(key, "read"):
             fd = self._files.open_read(path)
             try:
-                end = self._files.size(path) if stop is None else stop
+                size = self._files.size(path)
+                end = size if stop is None else stop
+                if end > size:  # before the buffer is made: what asks for it may be damaged
+                    raise Damaged(f"the file ends at {size}, before {end}", where=path, do="run fsck")
                 data = memoryview(bytearray(max(0, end - start)))
                 at = 0
                 while at < len(data):
@@ -43,6 +48,8 @@ class LocalStorage:
                     if got == 0:
                         raise Damaged(f"the file ends at {start + at}, before {end}", where=path, do="run fsck")
                     at += got
+            except IsADirectoryError:
+                raise Damaged("a folder lies where a file belongs", where=path, do="run fsck") from None
             finally:
                 self._files.close(fd)
         return data
@@ -51,8 +58,12 @@ class LocalStorage:
         path = self._path(key)
         with self._errors(key):
             temporary = self._write(path, data)
-            self._files.rename(temporary, path)
-            self._files.fsync_folder(_parent(path))
+            try:
+                self._files.rename(temporary, path)
+            except OSError:
+                self._discard(temporary)
+                raise
+            self._sync_folder(_parent(path))
 
     def put_new(self, key: str, data: bytes) -> None:
         path = self._path(key)
@@ -61,13 +72,14 @@ class LocalStorage:
             try:
                 self._files.link(temporary, path)
             except FileExistsError:
+                self._sync_folder(_parent(path))  # what is there may be our own, or not durable yet
                 raise AlreadyExists("the file is there already", where=path) from None
             finally:
                 self._discard(temporary)
-            self._files.fsync_folder(_parent(path))
+            self._sync_folder(_parent(path))
 
     def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
-        with self._errors(prefix):
+        with self._errors(prefix, "read"):
             try:
                 found = sorted(self._files.names(self._path(prefix.rstrip("/"))))
             except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +100,7 @@ class LocalStorage:
                 return
 
     def size(self, key: str) -> int:
-        with self._errors(key):
+        with self._errors(key, "read"):
             return self._files.size(self._path(key))
 
     def _path(self, key: str) -> str:
@@ -117,7 +129,10 @@ class LocalStorage:
     def _write_all(self, fd: int, view: memoryview) -> None:
         at = 0
         while at < len(view):
-            at += self._files.write(fd, view[at : at + _PIECE])
+            taken = self._files.write(fd, view[at : at + _PIECE])
+            if taken <= 0:
+                raise OSError(errno.EIO, "the file takes no bytes")
+            at += taken
 
     def _discard(self, temporary: str) -> None:
         """Best effort: what is left over is invisible, and collection removes it."""
@@ -128,42 +143,46 @@ class LocalStorage:
 
     def _make(self, folder: str) -> None:
         """Creates a folder and those above it, each synced into its parent once per process, whoever made it."""
-        if folder in self._synced:
-            return
         parent = _parent(folder)
-        if folder != self.root and len(folder) > len(self.root):
-            self._make(parent)
-        elif not self._files.is_folder(parent):
-            self._make_above(parent)
-        try:
-            self._files.mkdir(folder)
-        except FileExistsError:
-            pass
-        self._files.fsync_folder(parent)
+        if folder in self._synced or folder == parent:
+            return
+        self._make(parent)
+        if f"{folder}/".startswith(f"{self.root}/") or not self._files.is_folder(folder):
+            try:
+                self._files.mkdir(folder)
+            except FileExistsError:
+                pass
+            self._sync_folder(parent)
+        else:
+            self._sync_above(parent)
         self._synced.add(folder)
 
-    def _make_above(self, folder: str) -> None:
-        parent = _parent(folder)
-        if not self._files.is_folder(parent):
-            self._make_above(parent)
+    def _sync_folder(self, folder: str) -> None:
         try:
-            self._files.mkdir(folder)
-        except FileExistsError:
-            pass
-        self._files.fsync_folder(parent)
+            self._files.fsync_folder(folder)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER_SYNC:
+                raise
+
+    def _sync_above(self, folder: str) -> None:
+        """Best effort for folders that were there before the repository: not all of them may be opened."""
+        try:
+            self._sync_folder(folder)
+        except PermissionError:
+            return
 
     @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def _errors(self, key: str, verb: str = "write") -> Iterator[None]:
         where = f"{self.root}/{key}"
         try:
             yield
         except FileNotFoundError as error:
             raise ObjectMissing("no such file", where=where) from error
         except OSError as error:
-            raise _typed(error, where) from error
+            raise _typed(error, where, verb) from error
 
 
-def _typed(error: OSError, where: str) -> StorageError:
+def _typed(error: OSError, where: str, verb: str) -> StorageError:
     what = error.strerror or str(error)
     if error.errno in _FULL:
         return StorageFull(
@@ -171,6 +190,12 @@ def _typed(error: OSError, where: str) -> StorageError:
             where=where,
             do="free space or move the repository; every earlier checkpoint is whole",
         )
+    if error.errno == errno.ENOTDIR:
+        return StorageError(
+            "a file lies where a folder should be", where=where, do="give another folder, or move that file away"
+        )
+    if error.errno in _READ_ONLY and verb == "read":
+        return StorageError(f"cannot read this: {what}", where=where, do="check the owner and mode of this file")
     if error.errno in _READ_ONLY:
         return ReadOnly(f"cannot write here: {what}", where=where, do="check the owner and the mount of this folder")
     return StorageError(

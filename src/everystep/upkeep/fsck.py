@@ -22,36 +22,55 @@ class Finding:
     step: int | None = None
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A checkpoint that was looked at, and whether all that was looked at is whole."""
+
+    run: str
+    checkpoint: str
+    step: int
+    whole: bool
+
+
 @dataclass
 class CheckReport:
     """What a check saw: counts, and findings (none: all is whole)."""
 
     runs: int = 0
     records: int = 0
-    checkpoints: int = 0
     bytes_read: int = 0
+    checked: list[Checked] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> int:
+        return len(self.checked)
 
     @property
     def ok(self) -> bool:
         return not self.findings
 
 
-def check_repository(place: Place, *, data: bool, progress: Progress | None) -> CheckReport:
+def check_repository(place: Place, runs: list[str], *, data: bool, progress: Progress | None) -> CheckReport:
     """
     Args:
+        runs: names of the runs to check.
         data: also read every chunk, not only manifests and records.
         progress: told (run, checkpoints checked, checkpoints in all).
     """
     report = CheckReport()
-    for name in sorted(place.runs()) if place.exists else []:
+    for name in runs:
         _check_run(RunVault(place, name), report, data, progress)
     return report
 
 
 def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progress | None) -> None:
-    history = vault.history()
     report.runs += 1
+    try:
+        history = vault.history()
+    except Damaged as error:
+        report.findings.append(Finding(vault.name, error.what, error.where))
+        return
     report.records += history.slots
     for slot, why in sorted(history.damaged.items()):
         report.findings.append(Finding(vault.name, f"record {slot}: {why}", f"{vault.where}/log/{slot:020d}"))
@@ -75,8 +94,8 @@ def _check_checkpoint(
     vault: RunVault, commit: Committed, report: CheckReport, checked: set[bytes] | None, pool: object
 ) -> None:
     """`checked` holds the places that were read for an earlier checkpoint: a shared chunk is read once."""
-    report.checkpoints += 1
     event = commit.event
+    findings = len(report.findings)
     try:
         manifest = vault.manifest(commit)
         for view in manifest.views if checked is not None else ():
@@ -90,3 +109,4 @@ def _check_checkpoint(
         report.findings.append(
             Finding(vault.name, f"step {event.step}: {error.what}", error.where, event.id, event.step)
         )
+    report.checked.append(Checked(vault.name, event.id, event.step, len(report.findings) == findings))

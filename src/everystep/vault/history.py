@@ -38,6 +38,8 @@ class History:
     closed: bool = True
     last_time: float = 0.0
     opened: dict[int, events.Open] = field(default_factory=dict)
+    opened_at: dict[int, float] = field(default_factory=dict)
+    closed_at: dict[int, float] = field(default_factory=dict)
     commits: dict[str, Committed] = field(default_factory=dict)
     live: dict[str, None] = field(default_factory=dict)
     settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
@@ -51,6 +53,10 @@ class History:
     condemned: set[PackName] = field(default_factory=set)
     damaged: dict[int, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    lost: int = 0
+    """How many records cannot be read: each may have opened a term."""
+    stranger: str = ""
+    """The first record, if it does not belong to this run and nothing shows that the others do."""
 
     def __post_init__(self) -> None:
         self.head = self.head or self.genesis
@@ -75,8 +81,14 @@ class History:
             seen.add(at)
             if at in self.live:
                 found.append(self.commits[at])
-            at = self.commits[at].event.parent
+            parent = self.commits[at].event.parent
+            at = parent if parent is None or parent in self.commits else self._before_gap(self.commits[at].slot)
         return found[::-1]
+
+    def _before_gap(self, slot: int) -> str | None:
+        """The checkpoint before the damaged record below a slot: the likeliest parent of one that was lost in it."""
+        gap = max((damaged for damaged in self.damaged if damaged < slot), default=-1)
+        return next((id for id, commit in reversed(self.commits.items()) if commit.slot < gap), None)
 
     def metrics_of(self, id: str) -> dict[str, Any]:
         """Metrics of a checkpoint: those given at the save, then later ones."""
@@ -84,16 +96,20 @@ class History:
 
     # the fold ------------------------------------------------------------------------------------------------------
 
-    def lose(self, slot: int, why: str, head: str) -> None:
-        """Notes a slot that cannot be read."""
+    def lose(self, slot: int, why: str, count: int = 1) -> None:
+        """Notes a slot that cannot be read, or the last one of `count`. What comes next chains to nothing: the file
+        may be brought back, and then both must be whole."""
         self.damaged[slot] = why
-        self.slots, self.head = slot + 1, head
+        self.slots, self.head, self.lost = slot + 1, "", self.lost + count
 
     def take(self, record: events.Record) -> None:
         """Applies the next record."""
         intact_before = (record.seq - 1) not in self.damaged
-        if intact_before and record.prev != self.head:
-            self.lose(record.seq, "does not continue the record before it", record.own)
+        if record.seq == 1 and record.prev != self.stranger:
+            self.stranger = ""  # only the first record was out of place
+        if intact_before and record.prev not in ("", self.head):
+            self.lose(record.seq, "does not continue the record before it")
+            self.stranger = record.own if record.seq == 0 else self.stranger
             return
         self.slots, self.head, self.last_time = record.seq + 1, record.own, record.time
         if record.term > self.term and not any(isinstance(event, events.Open) for event in record.events):
@@ -111,10 +127,11 @@ class History:
     def _open(self, event: events.Open, record: events.Record) -> None:
         if record.term > self.term:
             self.term, self.nonce, self.owner, self.closed = record.term, event.nonce, event, False
-            self.opened[record.term] = event
+            self.opened[record.term], self.opened_at[record.term] = event, record.time
 
     def _close(self, event: events.Close, record: events.Record) -> None:
-        self.closed = self.closed or event.nonce == self.nonce
+        if event.nonce == self.nonce:
+            self.closed, self.closed_at[self.term] = True, record.time
 
     def _commit(self, event: events.Commit, record: events.Record) -> None:
         key = (event.nonce, event.ordinal)

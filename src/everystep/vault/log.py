@@ -7,15 +7,17 @@ from typing import Any
 
 from blake3 import blake3
 
-from everystep.errors import AlreadyExists, Damaged, ObjectMissing, RunTakenOver, StorageError, UnknownOutcome
+from everystep.errors import AlreadyExists, Damaged, ObjectMissing, RunTakenOver
 from everystep.seam import Seam
 from everystep.settings import Settings
 from everystep.vault.history import History
-from everystep.vault.lines import digest
-from everystep.vault.names import record_key
+from everystep.vault.names import record_key, record_slot
+from everystep.vault.once import put_once
 from everystep.vault.record import pack_record, unpack_record
 
 Decide = Callable[[History], "list[Any] | None"]
+GAP_MAX = 1000
+"""Missing records that are each looked for once more; a wider gap is taken as it was listed."""
 
 
 class Log:
@@ -26,6 +28,8 @@ class Log:
         self._genesis = blake3(f"{genesis} {folder}".encode()).hexdigest()
         self._lock = seam.lock()
         self._listed = False
+        self._durable = 0
+        self._last: tuple[int, bytes] = (-1, b"")
         self.history = History(self._genesis)
 
     def refresh(self) -> History:
@@ -36,19 +40,44 @@ class Log:
                 self._listed = True
             while self._read_next():
                 pass
-            return self.history
+            return self._checked()
 
     def forget(self) -> None:
         """Starts over with an empty fold, as a new process would."""
         with self._lock:
             self.history, self._listed = History(self._genesis), False
 
+    def confirm(self) -> History:
+        """Like `refresh`, and the last record is durable afterwards, whoever put it and however that ended."""
+        with self._lock:
+            history = self.refresh()
+            slot, data = self._last
+            if self._durable <= slot == history.slots - 1:
+                try:
+                    self._storage.put_new(record_key(self._folder, slot), data)
+                except AlreadyExists:
+                    pass  # as it should be
+                self._durable = history.slots
+            return history
+
+    def _checked(self) -> History:
+        if self.history.stranger:
+            raise Damaged(
+                "this log belongs to another run or repository",
+                where=f"{self._storage.url}/{self._folder}",
+                do="give the folder its own name and place back; runs move between repositories by push and pull",
+            )
+        return self.history
+
     def _read_all(self) -> None:
-        keys = list(self._storage.list(f"{self._folder}log/"))
-        slots = [int(name) for name in (key.rpartition("/")[2] for key in keys) if name.isdigit() and len(name) == 20]
-        for slot in range(self.history.slots, max(slots, default=-1) + 1):
-            if not self._read_next():
-                self.history.lose(slot, "the record is missing", "")
+        names = [key.rpartition("/")[2] for key in self._storage.list(f"{self._folder}log/", deep=False)]
+        for slot in sorted(slot for slot in map(record_slot, names) if slot is not None):
+            if slot - self.history.slots > GAP_MAX:
+                first = self.history.slots
+                self.history.lose(slot - 1, f"the records from {first} on are missing", count=slot - first)
+            while self.history.slots <= slot:
+                if not self._read_next():
+                    self.history.lose(self.history.slots, "the record is missing")
 
     def _read_next(self) -> bool:
         slot = self.history.slots
@@ -57,11 +86,15 @@ class Log:
             data = self._storage.get(key)
         except ObjectMissing:
             return False
+        except Damaged as error:
+            self.history.lose(slot, error.what)
+            return True
+        self._last = slot, bytes(data)
         try:
             record = unpack_record(data, slot, f"{self._storage.url}/{key}")
             self.history.take(record)
         except Damaged as error:
-            self.history.lose(slot, error.what, digest(data))
+            self.history.lose(slot, error.what)
         return True
 
     def append(self, decide: Decide, author: str) -> History:
@@ -77,9 +110,9 @@ class Log:
             if not self._listed:
                 self.refresh()
             while True:
-                events = decide(self.history)
+                events = decide(self._checked())
                 if not events:
-                    return self.history
+                    return self.confirm()
                 if self._put(events, author):
                     self._read_next_own()
                     return self.history
@@ -99,35 +132,12 @@ class Log:
         plain = [event.event if isinstance(event, OpenTerm) else event for event in events]
         self._own = pack_record(history.slots, history.head, term, nonce, self._seam.now(), author, plain)
         key = record_key(self._folder, history.slots)
-        pause = self._settings.retry_seconds
-        for attempt in range(self._settings.put_attempts):
-            try:
-                self._storage.put_new(key, self._own)
-                return True
-            except AlreadyExists:
-                return self._is_own(key)
-            except UnknownOutcome:
-                if self._landed(key):
-                    return self._is_own(key)
-                if attempt + 1 == self._settings.put_attempts:
-                    raise
-            self._seam.sleep(pause)
-            pause *= 2
-        raise StorageError("no attempt was made", do="set put_attempts to 1 or more")
-
-    def _landed(self, key: str) -> bool:
-        try:
-            self._storage.size(key)
-        except ObjectMissing:
-            return False
-        return True
-
-    def _is_own(self, key: str) -> bool:
-        return bytes(self._storage.get(key)) == self._own
+        return put_once(self._storage, key, self._own, self._seam, self._settings)
 
     def _read_next_own(self) -> None:
         record = unpack_record(self._own, self.history.slots, self._folder)
         self.history.take(record)
+        self._durable = self.history.slots
 
 
 class OpenTerm:

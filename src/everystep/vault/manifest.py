@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from everystep.errors import Damaged
+from everystep.errors import Damaged, NewerFormat
 from everystep.schema import Box, Layout, Leaf, Tree, lay_out
 from everystep.schema.dtype import parse
 from everystep.settings import FORMAT
@@ -104,7 +104,7 @@ def content_of(logical: Logical) -> str:
 def logical_of(root: Root) -> str:
     """The Merkle root: BLAKE3 over everything but the placement."""
     parts = [[part.rank, part.content] for part in root.parts]
-    body = [FORMAT, root.checkpoint, root.step, root.parent, root.metrics, parts]
+    body = [root.format, root.checkpoint, root.step, root.parent, root.metrics, parts]
     return blake3(msgspec.json.encode(body)).hexdigest()
 
 
@@ -184,6 +184,12 @@ def read_manifest(commit: Commit, fetch: Fetch, where: str) -> Manifest:
         Damaged: if anything in it is not what the commit event vouches for.
     """
     root = parse_json(fetch([commit.root], where), Root, where)
+    if root.format > FORMAT:
+        raise NewerFormat(
+            f"a checkpoint of format {root.format}; this everystep reads up to {FORMAT}",
+            where=where,
+            do="update everystep: pip install -U everystep",
+        )
     if logical_of(root) != commit.logical or (root.checkpoint, root.step) != (commit.id, commit.step):
         raise Damaged("the manifest is not the one that was committed", where=where, do="run fsck")
     here = PackName(commit.root.writer, commit.root.number)

@@ -10,7 +10,10 @@ from everystep.errors import UsageError
 
 FORMAT_KEY = "format.json"
 _PLAIN = re.compile(r"[A-Za-z0-9_-]")
+_SLOT = re.compile(r"[0-9]{20}")
 _NAME_BYTES_MAX = 180
+SLOTS_MAX = 10**15
+"""More records than any run will have; a file with a higher number is not one."""
 
 
 class PackName(NamedTuple):
@@ -47,8 +50,21 @@ def run_name(folder: str) -> str:
     return unquote(folder.rstrip("/").rpartition("/")[2], errors="surrogatepass")
 
 
+def is_run_folder(key: str) -> bool:
+    """Whether a key below 'runs/' is a folder that `run_folder` makes."""
+    try:
+        return run_folder(run_name(key)) == key
+    except (UnicodeError, UsageError):
+        return False
+
+
 def record_key(folder: str, slot: int) -> str:
     return f"{folder}log/{slot:020d}"
+
+
+def record_slot(name: str) -> int | None:
+    """The slot of a record's file name; None for whatever else lies in a log."""
+    return int(name) if _SLOT.fullmatch(name) and int(name) < SLOTS_MAX else None
 
 
 def pack_key(folder: str, pack: PackName) -> str:

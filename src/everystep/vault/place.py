@@ -6,11 +6,12 @@ from typing import Any
 
 import msgspec
 
-from everystep.errors import AlreadyExists, Damaged, ForeignRepository, NewerFormat, ObjectMissing, UnknownOutcome
+from everystep.errors import Damaged, ForeignRepository, NewerFormat, ObjectMissing
 from everystep.seam import Seam
 from everystep.settings import FORMAT, Settings
 from everystep.vault.lines import pack_lines, unpack_lines
-from everystep.vault.names import FORMAT_KEY, run_name
+from everystep.vault.names import FORMAT_KEY, is_run_folder, run_name
+from everystep.vault.once import put_once
 
 
 class _Format(msgspec.Struct, frozen=True):
@@ -29,19 +30,24 @@ class Place:
 
     @property
     def exists(self) -> bool:
+        """Whether there is a repository by now."""
+        if self._id is None:
+            self._id = self._read()
         return self._id is not None
 
     def identity(self) -> str:
         """The repository's id; creates the repository if there is none."""
-        if self._id is None:
-            self._create()
+        if not self.exists:
+            body = pack_lines(_Format("everystep", FORMAT, [], self.seam.token(16)))
+            put_once(self.storage, FORMAT_KEY, body, self.seam, self.settings)
+            self._id = self._read()  # somebody else may have made it: what lies there now is the truth
         if self._id is None:
             raise Damaged("the repository's format file vanished while it was made", where=self.storage.url)
         return self._id
 
     def runs(self) -> list[str]:
         """Names of all runs."""
-        return [run_name(key) for key in self.storage.list("runs/", deep=False) if key.endswith("/")]
+        return [run_name(key) for key in self.storage.list("runs/", deep=False) if is_run_folder(key)]
 
     def _read(self) -> str | None:
         where = f"{self.storage.url}/{FORMAT_KEY}"
@@ -76,11 +82,3 @@ class Place:
             where=self.storage.url,
             do="give an empty or new folder",
         )
-
-    def _create(self) -> None:
-        body = pack_lines(_Format("everystep", FORMAT, [], self.seam.token(16)))
-        try:
-            self.storage.put_new(FORMAT_KEY, body)
-        except (AlreadyExists, UnknownOutcome):
-            pass  # somebody made it, perhaps this very call: what lies there now is the truth
-        self._id = self._read()

@@ -70,8 +70,8 @@ class RunVault:
         taken: list[OpenTerm] = []
 
         def decide(history: History) -> list[Any]:
-            # A damaged record behind the last whole one may have opened a term: stay above it.
-            number = history.term + 1 + len(history.damage_behind_latest)
+            # A record that cannot be read may have opened a term: stay above it.
+            number = history.term + 1 + history.lost
             taken.append(OpenTerm(event(history), number))
             return [taken[-1]]
 

@@ -1,0 +1,136 @@
+"""The verbs of the command line, what is said about them, and how a call ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import everystep
+from everystep import Error, UsageError
+from everystep.cli.fsck import fsck
+from everystep.cli.log import log
+from everystep.cli.screen import Screen
+from everystep.cli.show import show
+
+INTERRUPTED = 130  # as shells have it: 128 + SIGINT
+
+
+class Verbs(TyperGroup):
+    """The command itself: an error of ours is three lines and an exit code, never a traceback."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        given = [*(sys.argv[1:] if args is None else args)]
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # no name on disk may break the output
+        screen = Screen(as_json="--json" in given)
+        with screen.listening():
+            code = self._call(given, screen, extra)
+        sys.exit(code)
+
+    def _call(self, given: list[str], screen: Screen, extra: dict[str, Any]) -> int:
+        extra.update(prog_name="everystep", standalone_mode=False, obj=screen)
+        try:
+            try:
+                code = super().main(given, **extra)
+            except Error as error:
+                screen.fail(error)
+                return error.exit_code
+            except Exception as error:
+                message = getattr(error, "format_message", None)  # the parser's own errors, whatever typer calls them
+                if message is None:
+                    raise
+                screen.fail(_misread(str(message()), getattr(error, "ctx", None)))
+                return UsageError.exit_code
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        return code if isinstance(code, int) else 0
+
+
+def _misread(message: str, context: Any) -> UsageError:
+    path = context.command_path if context is not None else "everystep"
+    return UsageError(message.rstrip("."), do=f"{path} --help")
+
+
+app = typer.Typer(cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"everystep {everystep.__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="""
+    RUN@SPEC names a checkpoint: resnet@1200, resnet@latest, resnet@best:val_loss, resnet@my_tag, resnet@3f9a.
+
+    Exit codes: 0 fine, 2 usage, 3 not found, 4 damaged; docs/cli.md has them all.
+
+    \b
+    Examples:
+      everystep -r runs log
+      everystep -r runs log resnet -n 20
+      everystep -r runs show resnet@best:val_loss
+      EVERYSTEP_REPO=runs everystep fsck
+    """,
+)
+def everystep_command(
+    context: typer.Context,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            "-r",
+            "--repo",
+            envvar="EVERYSTEP_REPO",
+            show_envvar=True,
+            help="The repository: a folder or URL. Without it, the folder here.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, an error too.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Look at, check and look after the checkpoints of training runs."""
+    context.obj.place = repo
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs log                     all runs
+      everystep -r runs log resnet -n 20        the 20 newest checkpoints
+      everystep -r runs log resnet --json | jq '.checkpoints[].step'
+    """
+)(log)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs show resnet                  the run: config, tags, terms
+      everystep -r runs show resnet@1200             the checkpoint of step 1200
+      everystep -r runs show resnet@best:val_loss --all-leaves
+    """
+)(show)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs fsck                    everything
+      everystep -r runs fsck resnet --no-data   one run, fast
+    """
+)(fsck)
+
+
+def main() -> None:
+    """Runs the command line and exits."""
+    app()

@@ -1,0 +1,214 @@
+"""Makes the golden repository of this format: python tests/golden/make.py FOLDER."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import json
+import random
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+from blake3 import blake3
+
+import everystep
+from everystep.seam import Process, Seam
+
+# A chunk is 4096 bytes at most, and nothing is compressed: the bytes do not depend on the version of zstd.
+PLAIN = everystep.Settings(chunk_bytes_max=4096, small_leaf_bytes=1024, sample_bytes=0, worth_ratio=0.0)
+SMALL = everystep.Settings(chunk_bytes_max=4096, small_leaf_bytes=1024, sample_bytes=256)
+RANKS = 2
+KINDS = "größe/1.x"
+
+
+def fixed_fingerprint(seam: Seam) -> dict[str, Any]:
+    """Instead of the surroundings, which differ from machine to machine."""
+    return {"everystep": "0.1.0"}
+
+
+class FixedSeam(Seam):
+    """An outside without chance: the clock stands still, and random tokens count 1, 2, 3 …"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = itertools.count(1)
+
+    def now(self) -> float:
+        return 1_700_000_000.0
+
+    def monotonic(self) -> float:
+        return 0.0
+
+    def token(self, size: int) -> str:
+        return f"{next(self._count):0{2 * size}x}"
+
+    def process(self) -> Process:
+        return Process("example", "", "", 1, "1")
+
+
+def opened(place: str, settings: everystep.Settings) -> everystep.Repository:
+    return everystep.open(place, settings=settings, seam=FixedSeam())
+
+
+def tiny_state(step: int) -> dict[str, Any]:
+    """One leaf of three chunks, of which the first changes, a small one of the optimizer, and a plain value."""
+    w = np.arange(3000, dtype="<f4")
+    w[:4] = step
+    return {"w": w, "opt": {"m": np.full(4, 0.5 * step, "<f4")}, "epoch": step}
+
+
+def make_tiny(place: str) -> dict[str, bytes]:
+    """The example of docs/format.md: two checkpoints, a tag. Made in memory, where no token is drawn for a file."""
+    repo = opened(f"memory://{place}", PLAIN)
+    run = repo.run("tiny", config={"lr": 0.1})
+    run.track(rng=False)
+    run.attach("note.txt", b"a small file")
+    run.save(1, state=tiny_state(1), metrics={"loss": 0.5}).wait()
+    run.record(step=2, loss=0.375)
+    run.save(3, state=tiny_state(3), metrics={"loss": 0.25}).wait().tag("best")
+    run.close()
+    return dict(repo._place.storage.objects)
+
+
+Point = collections.namedtuple("Point", "x y")
+STRUCTURED = np.dtype(
+    {"names": ["a", "ü", "\ud800"], "formats": ["<f4", (">u2", (2,)), "S3"], "offsets": [0, 8, 12], "itemsize": 16}
+)
+
+
+def kinds_state(step: int) -> dict[Any, Any]:
+    """Every kind of node, plain value and element type that NumPy alone has, and each form of the codec."""
+    smooth = (np.arange(2048) / 512 + step).astype("<f8")
+    return {
+        "wide": {name: smooth.astype(name) for name in ("<f2", "<f4", "<f8", "<c8", "<c16", "<i2", "<u4", "<i8")},
+        "bfloat16": smooth.astype(ml_dtypes.bfloat16),
+        "noise": np.frombuffer(np.random.PCG64(step).random_raw(600).astype("<u8").tobytes(), "<f4"),
+        "swapped": smooth[:5].astype(">f8"),
+        "record": np.zeros(2, STRUCTURED),
+        "recarray": np.asarray(np.rec.fromarrays([[1, 2], [3.5, 4.5]], names="n,v")),
+        "ml": {
+            name: np.arange(3).astype(getattr(ml_dtypes, name)) for name in ("float8_e4m3fn", "float8_e5m2", "int4")
+        },
+        "times": np.array(["2020-01-01", "NaT"], "M8[D]"),
+        "text": np.array(["a", "üb"]),
+        "empty": np.zeros((0, 3), "<i2"),
+        "nothing": np.zeros(3, "V0"),
+        "scalars": [np.float32(1.5), np.longlong(-3), np.str_("x\0"), np.bool_(True)],
+        "plain": [None, True, 1 << 80, -0.0, float("nan"), 1j, "\ud800", b"\xff", ()],
+        "long": ["x" * 5000, b"y" * 5000],
+        ("a", 1, 2.5): collections.OrderedDict({"a/b": 1, "%": 2, "[0]": 3, "": 4}),
+        "counter": collections.Counter({"x": step}),
+        "point": Point(np.full(2, step, "<i4"), None),
+        "tied": [smooth, smooth],
+    }
+
+
+def torch_state(step: int) -> dict[str, Any]:
+    import torch
+
+    x = torch.arange(24, dtype=torch.float32).reshape(2, 3, 4) + step
+    return {
+        "model": {"w": x.bfloat16(), "view": x.transpose(0, 2), "bias": torch.tensor(float(step))},
+        "sparse": torch.eye(3).to_sparse(),
+        "quantized": torch.quantize_per_tensor(x, 0.5, 10, torch.quint8),
+        "constants": [torch.float16, torch.device("cuda", 1), torch.Size([2, 3])],
+        "complex": torch.view_as_complex(x[..., :2].contiguous()).conj(),
+    }
+
+
+def make_kinds(folder: str) -> None:
+    import torch
+
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    run = opened(folder, SMALL).run(KINDS)
+    for step in (1, 2):
+        run.save(step, state={"numpy": kinds_state(step), "torch": torch_state(step)}, metrics={"loss": 1e-7}).wait()
+    run.close()
+
+
+def rank_state(step: int, rank: int) -> dict[str, Any]:
+    """A leaf in two boxes, one that each rank has whole, and one of this rank alone."""
+    half = np.full((4, 300), 10 * step + rank, "<f4")
+    return {
+        "split": everystep.Part(half, (4 * rank, 0), (8, 300)),
+        "same": np.arange(5) * step,
+        f"own{rank}": np.arange(rank + 1),
+    }
+
+
+def make_ranks(folder: str) -> None:
+    repo = opened(folder, SMALL)
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            run = repo.run("ranks", rank=rank, ranks=RANKS, launch="together")
+            run.track(rng=False)
+            for step in (1, 2):
+                run.save(step, state=rank_state(step, rank)).wait()
+            run.close()
+        except BaseException as error:  # noqa: BLE001  a thread's error must reach the caller
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(RANKS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def told(value: Any, path: str = "") -> Iterator[str]:
+    """A loaded state line by line: every array by its type, shape and the BLAKE3 of its bytes."""
+    if isinstance(value, dict) or type(value) in (list, tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        yield f"{path} = {'dict' if isinstance(value, dict) else type(value).__name__} of {len(value)}"
+        for key, child in pairs:
+            yield from told(child, f"{path}[{key!a}]")
+    elif isinstance(value, (np.str_, np.bytes_)):
+        wide = isinstance(value, np.str_)
+        body = value.encode("utf-32-le", "surrogatepass") if wide else bytes(value)
+        yield f"{path} = {f'<U{len(value)}' if wide else f'|S{len(value)}'} () {blake3(body).hexdigest()}"
+    elif isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        name = array.dtype.name if array.dtype.str[1] == "V" else array.dtype.str
+        yield f"{path} = {name} {array.shape} {blake3(array.tobytes()).hexdigest()}"
+    elif isinstance(value, (str, bytes)) and len(value) > 100:
+        yield f"{path} = {type(value).__name__} {blake3(ascii(value).encode()).hexdigest()}"
+    else:
+        yield f"{path} = {type(value).__name__} {value!a}"
+
+
+def listing(folder: str) -> dict[str, dict[str, list[str]]]:
+    """run -> step -> what is loaded."""
+    repo = everystep.open(folder)
+    return {
+        name: {str(one.step): [f"metrics {one.metrics}", *told(one.load())] for one in repo[name].checkpoints()}
+        for name in repo
+    }
+
+
+def main(folder: Path) -> None:
+    if folder.exists():
+        sys.exit(f"{folder} is there already: a golden repository is never changed; a new format gets a new one")
+    with mock.patch("everystep.run.fingerprint", fixed_fingerprint):
+        for key, body in make_tiny(str(folder)).items():
+            (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(body)
+        make_kinds(str(folder))
+        make_ranks(str(folder))
+    text = json.dumps(listing(str(folder)), indent=1, ensure_ascii=False)
+    folder.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,480 @@
+"""What lies on disk: a reader that knows docs/format.md alone agrees with ours, and no byte changes unnoticed."""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import shutil
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from golden import make
+from independent_reader import Run
+
+import everystep
+from everystep.vault.lines import pack_lines
+from everystep.vault.record import Abandon, Restore, Retire
+
+HERE = Path(__file__).parent
+READER = HERE / "independent_reader.py"
+GOLDEN = HERE / "golden" / "format-1"
+SMALL = make.SMALL
+
+
+# the reader stands alone ---------------------------------------------------------------------------------------------
+
+
+def test_the_reader_is_short_and_imports_nothing_of_everystep() -> None:
+    text = READER.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None
+            names.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Name):
+            assert node.id not in ("__import__", "eval", "exec", "compile", "importlib")
+    assert names - sys.stdlib_module_names == {"numpy", "ml_dtypes", "zstandard", "blake3"}
+
+
+# golden repositories -------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_this_format_are_the_golden_ones() -> None:
+    """A change that fails here changes the format: readers of older versions must be thought of first."""
+    with mock.patch("everystep.run.fingerprint", make.fixed_fingerprint):
+        made = make.make_tiny("golden-bytes")
+    golden = {
+        path.relative_to(GOLDEN).as_posix(): path.read_bytes()
+        for path in [GOLDEN / "format.json", *sorted((GOLDEN / "runs" / "tiny").rglob("*"))]
+        if path.is_file()
+    }
+    assert sorted(made) == sorted(golden)
+    assert made == golden
+
+
+def test_golden_repositories_load_with_the_very_same_values() -> None:
+    expected = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
+    assert make.listing(str(GOLDEN)) == expected
+    assert set(expected) == {"tiny", "ranks", make.KINDS}
+
+
+def test_golden_values_are_those_that_the_program_makes() -> None:
+    repo = everystep.open(str(GOLDEN))
+    for step in (1, 2):
+        loaded = repo[make.KINDS].at(step).load(only="numpy")
+        assert list(make.told(loaded)) == list(make.told(_without_classes(make.kinds_state(step))))
+        tensors = repo[make.KINDS].at(step).load(only="torch", like="saved")
+        for name, tensor in make.torch_state(step)["model"].items():
+            assert torch.equal(tensors["model"][name], tensor)
+        assert torch.equal(tensors["sparse"].to_dense(), make.torch_state(step)["sparse"].to_dense())
+        assert torch.equal(tensors["quantized"].int_repr(), make.torch_state(step)["quantized"].int_repr())
+        assert tensors["constants"] == make.torch_state(step)["constants"]
+    for step in (1, 3):
+        assert list(make.told(repo["tiny"].at(step).load())) == list(make.told(make.tiny_state(step)))
+    assert repo["tiny"].attachment("note.txt") == b"a small file"
+    assert repo["tiny"].config == {"lr": 0.1}
+    assert repo["tiny"].tagged("best").step == 3
+    assert repo["tiny"].series("loss") == [(1, 0.5), (2, 0.375), (3, 0.25)]
+    assert repo.check().ok
+
+
+def _without_classes(value: Any) -> Any:
+    """Named tuples as mappings, as they come back where nobody gives their class."""
+    if hasattr(value, "_asdict"):
+        return {name: _without_classes(child) for name, child in value._asdict().items()}
+    if isinstance(value, dict):
+        return {key: _without_classes(child) for key, child in value.items()}
+    return [_without_classes(child) for child in value] if type(value) is list else value
+
+
+@pytest.mark.parametrize("run", ["tiny", "ranks", make.KINDS])
+def test_the_reader_reads_the_golden_repositories(run: str) -> None:
+    agree(GOLDEN, run)
+
+
+# the reader and ours agree -------------------------------------------------------------------------------------------
+
+
+def agree(folder: Path, name: str) -> None:
+    """Every checkpoint of a run: the whole state, each leaf, and attachments."""
+    past, other = everystep.open(str(folder))[name], Run(folder, name)
+    found = past.checkpoints(all=True)
+    assert {one.id for one in found} == {id for id in other.commits if id not in other.retired}
+    assert not found or other.find()["id"] == past.latest.id  # type: ignore[union-attr]
+    for one in found:
+        state, arrays = other.load(other.commits[one.id])
+        opened = one._open()
+        assert list(make.told(state)) == list(make.told(opened.build("")))
+        assert set(arrays) == {leaf.path for view in opened.manifest.views for leaf in view.tree.leaves}
+        for path, array in arrays.items():
+            assert list(make.told(array)) == list(make.told(opened.build(path)))
+    for attached in past.attachments:
+        assert other.attachment(attached) == past.attachment(attached)
+
+
+def save_all(folder: Path, *states: Any, name: str = "run", settings: Any = SMALL, **metrics: Any) -> None:
+    run = everystep.open(str(folder), settings=settings).run(name)
+    for step, state in enumerate(states, 1):
+        run.save(step, state=state, metrics=metrics).wait()
+    run.close()
+
+
+def _numpy_arrays() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    names = "?bhilqBHILQefdFD"
+    return {
+        "kinds": {char: rng.integers(0, 2, (3, 5)).astype(char) for char in names},
+        "swapped": {char: rng.integers(0, 9, 7).astype(np.dtype(char).newbyteorder(">")) for char in "hiqefdFD"},
+        "long": [rng.normal(size=3).astype("g"), (rng.normal(size=3) * 1j).astype("G")],
+        "ml": {
+            name: rng.integers(0, 2, 9).astype(getattr(ml_dtypes, name))
+            for name in ("bfloat16", "float8_e4m3b11fnuz", "float8_e8m0fnu", "float6_e2m3fn", "float4_e2m1fn", "uint2")
+        },
+        "swapped ml": rng.normal(size=4).astype(np.dtype(ml_dtypes.bfloat16).newbyteorder(">")),
+        "times": [np.array([1, 2], "m8[25us]"), np.array(["NaT"], ">M8[ns]"), np.zeros(2, "M8")],
+        "text": [np.array([["ab", "ü"]]), np.array([b"a", b"bc"]), np.zeros((2, 0), "U3"), np.zeros(2, "V5")],
+        "views": [np.arange(60).reshape(3, 4, 5)[::-1, ::2, 1:], np.asfortranarray(rng.normal(size=(30, 40)))],
+        "shapes": [np.array(5), np.zeros((0,)), np.zeros((2, 0, 3), "f4"), np.zeros((1,) * 8)],
+    }
+
+
+def _structured() -> dict[str, Any]:
+    nested = np.dtype([("x", "<f4", (2, 2)), ("in", [("y", "i1"), ("z", ml_dtypes.bfloat16)])], align=True)
+    titled = np.dtype({"names": ["a", "b"], "titles": ["the a", "\ud800"], "formats": ["u1", ">c8"]})
+    holes = np.dtype({"names": ["n", "\udcff"], "formats": ["<u2", "S3"], "offsets": [1, 8], "itemsize": 13})
+    dtypes = {"nested": nested, "titled": titled, "holes": holes, "record": np.dtype((np.record, [("a", "<i4")]))}
+    return {name: np.frombuffer(bytes(range(4 * d.itemsize)), d) for name, d in dtypes.items()}
+
+
+def _trees() -> dict[Any, Any]:
+    deep: Any = np.arange(3)
+    for _ in range(40):
+        deep = [deep]
+    return {
+        "deep": deep,
+        "keys": {"": 1, "%": 2, "a/b": 3, "[0]": 4, "é": 5, "\udc80": 6, 0: 7, -1.5: 8, None: 9, (1, ("x",)): 10},
+        "nan": {float("nan"): np.arange(2), float("-nan"): np.arange(3), (float("nan"),): np.arange(4)},
+        "plain": [0, -1, 2**53, -(2**200), 1e-320, float("inf"), -0.0, complex(0, -0.0), b"", "", "\0", True],
+        "empty": [{}, [], ()],
+        "text": ["ü" * 3000, "\ud800" * 5000, bytes(range(256)) * 20],
+        "tied": (lambda a: {"one": a, "two": [a, a], "part": a[:2]})(np.arange(500)),
+    }
+
+
+def _large() -> dict[str, Any]:
+    """Chunks of items that do not divide them, items larger than a chunk, many small leaves of several roles."""
+    rng = np.random.default_rng(1)
+    return {
+        "model": {f"w{i}": rng.normal(size=200 + i).astype("f4") for i in range(40)},
+        "optimizer": {f"m{i}": np.zeros(200 + i, "f4") for i in range(40)},
+        "odd": rng.integers(0, 255, 3000, "u1").view("S3").reshape(10, -1),
+        "wide": rng.integers(0, 255, 5 * 5000, "u1").view("V5000"),
+        "big": np.arange(100_000, dtype="<f8"),
+    }
+
+
+def _torch_tensors() -> dict[str, Any]:
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4)
+    bits = torch.randint(0, 1 << 15, (100,), dtype=torch.int16)
+    return {
+        "bfloat16": bits.view(torch.bfloat16),
+        "half": bits.view(torch.float16),
+        "views": [x.transpose(0, 2), x[::2, 1], x.expand(2, 6, 5, 4), x.flatten()[3:7], torch.tensor(3)],
+        "lazy": [torch.view_as_complex(x[..., :2].contiguous()).conj(), torch.randn(4, dtype=torch.complex64).imag],
+        "integers": {str(t): bits.to(t) for t in (torch.bool, torch.uint8, torch.int64, torch.uint16, torch.uint32)},
+        "float8": x.flatten().to(torch.float8_e4m3fn),
+        "sparse": [x[0].relu().to_sparse(), x[0].relu().to_sparse_csr()],
+        "others": [torch.bfloat16, torch.Size([3]), torch.device("cpu"), torch.strided, torch.nn.Parameter(x)],
+        "empty": torch.zeros(0, 4),
+        "tied": {"one": x, "two": x},
+    }
+
+
+STATES = {f.__name__.strip("_"): f for f in (_numpy_arrays, _structured, _trees, _large, _torch_tensors)}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("settings", [everystep.Settings(), SMALL], ids=["default", "small"])
+def test_states_of_every_sort(tmp_path: Path, state: Callable[[], Any], settings: everystep.Settings) -> None:
+    made = state()
+    save_all(tmp_path, made, settings=settings)
+    agree(tmp_path, "run")
+    if state is not _torch_tensors:
+        assert list(make.told(everystep.open(str(tmp_path))["run"].at(1).load())) == list(make.told(made))
+
+
+@pytest.mark.parametrize("state", [np.arange(5), [], {}, 7, None, "x", (1, {"a": np.ones(2)})], ids=repr)
+def test_a_state_need_not_be_a_dict(tmp_path: Path, state: Any) -> None:
+    if state is None:
+        with pytest.raises(everystep.UsageError):
+            save_all(tmp_path, state)
+    else:
+        save_all(tmp_path, state)
+        agree(tmp_path, "run")
+
+
+def test_checkpoints_that_refer_to_earlier_ones(tmp_path: Path) -> None:
+    w = np.arange(20_000, dtype="<f4")
+    states = []
+    for step in range(6):
+        w[100 * step] += 1
+        states.append({"w": w.copy(), "still": np.arange(3000), "step": min(step, 3)})
+    save_all(tmp_path, *states)
+    agree(tmp_path, "run")
+    packs = {place[0] for one in Run(tmp_path, "run").commits.values() for place in one["packs"]}
+    stored = sum(path.stat().st_size for path in (tmp_path / "runs" / "run" / "packs").rglob("*") if path.is_file())
+    assert len(packs) == 1 and stored < 6 * w.nbytes / 2, "later checkpoints refer to chunks of the first"
+
+
+def test_tables_of_more_than_one_page(tmp_path: Path) -> None:
+    w = np.zeros((5000, 4096), "u1")
+    w[:, :2] = np.arange(5000, dtype="<u2").view("u1").reshape(-1, 2)
+    again = w.copy()
+    again[0] = 1
+    save_all(tmp_path, w, again)
+    agree(tmp_path, "run")
+
+
+@pytest.mark.parametrize("name", ["a", "größe/1.x", ".hidden", "..", "a b%2F~", "\ud800", "x" * 180])
+def test_names_of_runs(tmp_path: Path, name: str) -> None:
+    save_all(tmp_path, np.arange(3), name=name)
+    agree(tmp_path, name)
+
+
+METRICS = {"a": 1e-7, "b": 1e16, "c": 1.5e-5, "d": 1e300, "e": -0.0, "f": float("nan"), "g": 1 << 70, "h": None}
+
+
+def test_metrics_whose_numbers_json_writers_write_differently(tmp_path: Path) -> None:
+    save_all(tmp_path, np.arange(3), **METRICS, text='"parts":[{"rank":\n\x7fé\u2028', odd="\udc80", flag=True)
+    agree(tmp_path, "run")
+
+
+def test_several_ranks(tmp_path: Path) -> None:
+    make.make_ranks(str(tmp_path))
+    agree(tmp_path, "ranks")
+
+
+def test_boxes_of_many_ranks_that_overlap(tmp_path: Path) -> None:
+    whole = np.arange(7 * 6 * 5, dtype="<i4").reshape(7, 6, 5)
+    cuts = [np.s_[0:4, :, 0:3], np.s_[0:4, :, 2:5], np.s_[4:7, 0:6, :]]
+    _save_by_ranks(
+        tmp_path,
+        lambda rank: {
+            "w": everystep.Part(whole[cuts[rank]], [cut.start or 0 for cut in cuts[rank]], whole.shape),
+            "none": everystep.Part(whole[:0], (0, 0, 0), (0, 6, 5)),
+            "rank": {str(rank): rank},
+        },
+        ranks=3,
+    )
+    agree(tmp_path, "run")
+    assert np.array_equal(Run(tmp_path, "run").load(Run(tmp_path, "run").find())[0]["state"]["w"], whole)
+
+
+def _save_by_ranks(folder: Path, state: Callable[[int], Any], ranks: int) -> None:
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            run = everystep.open(str(folder), settings=SMALL).run("run", rank=rank, ranks=ranks, launch="one")
+            run.save(1, state=state(rank)).wait()
+            run.close()
+        except BaseException as error:  # noqa: BLE001  a thread's error must fail the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_attachments_and_everything_else_that_a_log_holds(tmp_path: Path) -> None:
+    repo = everystep.open(str(tmp_path), settings=SMALL)
+    for term in range(3):
+        with repo.run("run", config={"term": term}) as run:
+            run.attach("empty", b"")
+            run.attach("large", bytes(range(256)) * 40_000)
+            start = run.resume()
+            for step in range(start + 1, start + 3):
+                run.record(step=step, loss=1 / step)
+                saved = run.save(step, state={"w": np.full(3, step)}).wait()
+            saved.tag(f"end{term}").record(late=1.5)
+            repo["run"].note(f"term {term}")
+    agree(tmp_path, "run")
+    assert [one.step for one in repo["run"].checkpoints()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_retired_and_restored_checkpoints(tmp_path: Path) -> None:
+    save_all(tmp_path, *(np.full(3, step) for step in range(5)))
+    past = everystep.open(str(tmp_path))["run"]
+    ids = [one.id for one in past.checkpoints()]
+    log = past._vault.log
+    log.append(lambda history: [Retire(ids[2:], "test")], "test")
+    log.append(lambda history: [Restore([ids[3]]), Abandon("nobody", 1, 9, [0])], "test")
+    agree(tmp_path, "run")
+    assert Run(tmp_path, "run").find()["step"] == 4
+    assert [one.step for one in past.checkpoints()] == [1, 2, 4]
+
+
+def test_a_run_that_trains_a_module_by_batches(tmp_path: Path) -> None:
+    _train(tmp_path, stop_at=5)
+    _train(tmp_path, stop_at=None)
+    agree(tmp_path, "run")
+    state, arrays = Run(tmp_path, "run").load(Run(tmp_path, "run").find())
+    assert {"model", "optimizer", "rng", "loop"} <= set(state)
+    assert set(state["optimizer"]) >= {"state", "groups", "shapes"}
+    assert "optimizer/state/model.0.weight/exp_avg" in arrays
+
+
+def _train(folder: Path, stop_at: int | None) -> None:
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.1), torch.nn.Linear(8, 1)).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    data = torch.utils.data.TensorDataset(torch.randn(16, 4, dtype=torch.bfloat16))
+    loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+    with everystep.open(str(folder)).run("run") as run:
+        run.track(model=model, optimizer=optimizer, scheduler=scheduler)
+        for (x,) in run.batches(loader, epochs=2, save_on=everystep.every(1)):
+            loss = model(x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            run.record(loss=loss)
+            if run.step == stop_at:
+                run.stop()
+
+
+# what a reader refuses -----------------------------------------------------------------------------------------------
+
+
+def test_no_changed_byte_gives_other_values(tmp_path: Path) -> None:
+    """Any byte of any file: the reader refuses, or the byte was not needed and the values are the same."""
+    shutil.copytree(GOLDEN, tmp_path / "repo")
+    files = [tmp_path / "repo" / "format.json"]
+    files += sorted(path for path in (tmp_path / "repo" / "runs" / "tiny").rglob("*") if path.is_file())
+    truth, refused = _all_values(tmp_path / "repo"), set()
+    chance = random.Random(5)
+    for path in files:
+        body = path.read_bytes()
+        for at in sorted(chance.sample(range(len(body)), min(25, len(body)))):
+            path.write_bytes(body[:at] + bytes([body[at] ^ (1 << chance.randrange(8))]) + body[at + 1 :])
+            try:
+                assert _all_values(tmp_path / "repo") == truth
+            except (ValueError, KeyError, OSError, struct.error):
+                refused.add(path)
+        path.write_bytes(body)
+    assert refused == set(files)
+
+
+def _all_values(folder: Path) -> list[list[str]]:
+    run = Run(folder, "tiny")
+    return [list(make.told(run.load(commit)[0])) for commit in run.commits.values()]
+
+
+def test_swapped_records_runs_and_packs_are_seen(tmp_path: Path) -> None:
+    save_all(tmp_path, np.arange(3), np.arange(4), name="one")
+    save_all(tmp_path, np.arange(3), np.arange(4), name="two")
+    one, two = tmp_path / "runs" / "one", tmp_path / "runs" / "two"
+    one.rename(tmp_path / "runs" / "three")
+    with pytest.raises(ValueError):
+        Run(tmp_path, "three")
+    (tmp_path / "runs" / "three").rename(one)
+    first, second = (two / "log" / f"{slot:020d}" for slot in (1, 2))
+    body = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError):
+        Run(tmp_path, "two")
+    first.write_bytes(body)
+    second.unlink()
+    with pytest.raises(ValueError):
+        Run(tmp_path, "two")
+
+
+def _add_record(folder: Path, slot: int, **changes: Any) -> None:
+    log = folder / "runs" / "run" / "log"
+    before = (log / f"{slot - 1:020d}").read_bytes().partition(b"\n")[0]
+    record = {**json.loads(before), "seq": slot, "prev": blake3(before).hexdigest(), "events": [], **changes}
+    (log / f"{slot:020d}").write_bytes(pack_lines(record))
+
+
+def test_readers_skip_events_and_fields_that_they_do_not_know(tmp_path: Path) -> None:
+    save_all(tmp_path, np.arange(3))
+    slot = len(list((tmp_path / "runs" / "run" / "log").iterdir()))
+    known = {"type": "tag", "name": "t", "id": None, "colour": "blue"}
+    _add_record(tmp_path, slot, events=[{"type": "not yet invented", "id": 5}, known], signed_by="nobody")
+    agree(tmp_path, "run")
+    with pytest.raises(everystep.RunTakenOver, match="not yet invented"):
+        save_all(tmp_path, np.arange(4))
+
+
+def test_a_fenced_or_repeated_commit_counts_for_nothing(tmp_path: Path) -> None:
+    save_all(tmp_path, np.arange(3))
+    other = Run(tmp_path, "run")
+    slot = len(list((tmp_path / "runs" / "run" / "log").iterdir()))
+    commit = other.find()
+    _add_record(tmp_path, slot, term=5)
+    fenced = {**commit, "id": "fenced", "ordinal": 7}
+    _add_record(tmp_path, slot + 1, term=4, events=[fenced])
+    _add_record(tmp_path, slot + 2, term=5, events=[{**commit, "id": "repeated"}])
+    assert list(Run(tmp_path, "run").commits) == [commit["id"]]
+    with pytest.warns(everystep.DamageWarning):
+        assert [one.id for one in everystep.open(str(tmp_path))["run"].checkpoints(all=True)] == [commit["id"]]
+
+
+def test_a_record_behind_a_damaged_one_chains_to_nothing(tmp_path: Path) -> None:
+    save_all(tmp_path, np.arange(3))
+    slot = len(list((tmp_path / "runs" / "run" / "log").iterdir()))
+    damaged = tmp_path / "runs" / "run" / "log" / f"{slot - 1:020d}"
+    body = damaged.read_bytes()
+    damaged.write_bytes(body.replace(b"close", b"clove"))
+    with pytest.warns(everystep.DamageWarning), everystep.open(str(tmp_path)).run("run") as run:
+        run.resume()
+        run.save(5, state=np.arange(5)).wait()
+    with pytest.raises(ValueError):
+        Run(tmp_path, "run")
+    damaged.write_bytes(body)
+    agree(tmp_path, "run")
+    assert Run(tmp_path, "run").find()["step"] == 5
+
+
+@pytest.mark.parametrize("change", [{"version": 2}, {"features": ["encrypted"]}, {"format": "other"}])
+def test_another_format_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_all(tmp_path, np.arange(3))
+    body = json.loads((tmp_path / "format.json").read_bytes().partition(b"\n")[0])
+    (tmp_path / "format.json").write_bytes(pack_lines({**body, **change}))
+    with pytest.raises(ValueError):
+        Run(tmp_path, "run")
+    with pytest.raises(everystep.ForeignRepository):
+        everystep.open(str(tmp_path))
+
+
+@pytest.mark.parametrize("bytes_max", [4095, (1 << 30) + 1, 5000.0, True, float("nan")])
+def test_chunks_that_no_reader_would_take_are_not_written(tmp_path: Path, bytes_max: Any) -> None:
+    with pytest.raises(everystep.UsageError, match="chunk_bytes_max"):
+        everystep.open(str(tmp_path), settings=everystep.Settings(chunk_bytes_max=bytes_max))
+
+
+@pytest.mark.parametrize("shape, dtype", [((10**13,), "u1"), ((10**6,) * 3, "V0"), ((1 << 62, 2), "f8")])
+def test_a_shape_takes_no_memory_before_somebody_holds_it(tmp_path: Path, shape: tuple[int, ...], dtype: str) -> None:
+    part = everystep.Part(np.zeros((1,) * len(shape), dtype), (0,) * len(shape), shape)
+    save_all(tmp_path, {"w": part})
+    with pytest.raises(everystep.Damaged, match="the ranks hold 1 of"):
+        everystep.open(str(tmp_path))["run"].at(1).load()
