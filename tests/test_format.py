@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import random
 import shutil
@@ -53,10 +54,10 @@ def test_the_reader_is_short_and_imports_nothing_of_everystep() -> None:
 # golden repositories -------------------------------------------------------------------------------------------------
 
 
-def test_the_bytes_of_this_format_are_the_golden_ones() -> None:
+def test_the_bytes_of_this_format_are_the_golden_ones(tmp_path: Path) -> None:
     """A change that fails here changes the format: readers of older versions must be thought of first."""
     with mock.patch("everystep.run.fingerprint", make.fixed_fingerprint):
-        made = make.make_tiny("golden-bytes")
+        made = make.make_tiny(str(tmp_path))
     golden = {
         path.relative_to(GOLDEN).as_posix(): path.read_bytes()
         for path in [GOLDEN / "format.json", *sorted((GOLDEN / "runs" / "tiny").rglob("*"))]
@@ -286,17 +287,18 @@ def test_boxes_of_many_ranks_that_overlap(tmp_path: Path) -> None:
 
 
 def _save_by_ranks(folder: Path, state: Callable[[int], Any], ranks: int) -> None:
+    patient = dataclasses.replace(SMALL, rank_deadline_seconds=30)
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            run = everystep.open(str(folder), settings=SMALL).run("run", rank=rank, ranks=ranks, launch="one")
+            run = everystep.open(str(folder), settings=patient).run("run", rank=rank, ranks=ranks, launch="one")
             run.save(1, state=state(rank)).wait()
             run.close()
         except BaseException as error:  # noqa: BLE001  a thread's error must fail the test
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(ranks)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -29,10 +29,9 @@ class Loop:
                 "a loop that saves by itself needs to know what",
                 do="run.track(model=…) before the loop; or leave save_every= out, and run.save(step, state=…) in it",
             )
-        run._enter(self)
         self.step = run.resume(strict=strict)
         """Completed steps, and the one under way while the loop's body runs."""
-        run._position = self._position
+        run._enter(self)
         self._clock = run._vault.seam.monotonic
         self._saved_at = self._clock()
         self._saved_step = self.step if self.step else None

@@ -352,7 +352,9 @@ class Run(PastRun):
         """One loop at a time: the one before gives its signals back."""
         if self._active is not None:
             self._active.end()
-        self._active, self._position, self.stopped = loop, dict, None if loop is not None else self.stopped
+        self._active, self._position = loop, dict
+        if loop is not None:
+            self._position, self.stopped = loop._position, None
 
     def _say_inexact(self, reasons: list[str]) -> None:
         """Why the run that goes on may not be the one that was never interrupted."""

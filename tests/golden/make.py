@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +51,13 @@ class FixedSeam(Seam):
 
     def process(self) -> Process:
         return Process("example", "", "", 1, "1")
+
+
+class RunningSeam(FixedSeam):
+    """The same, but waiting comes to an end."""
+
+    def monotonic(self) -> float:
+        return Seam.monotonic(self)
 
 
 def opened(place: str, settings: everystep.Settings) -> everystep.Repository:
@@ -145,7 +153,7 @@ def rank_state(step: int, rank: int) -> dict[str, Any]:
 
 
 def make_ranks(folder: str) -> None:
-    repo = opened(folder, SMALL)
+    repo = everystep.open(folder, settings=replace(SMALL, rank_deadline_seconds=30), seam=RunningSeam())
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
@@ -158,7 +166,7 @@ def make_ranks(folder: str) -> None:
         except BaseException as error:  # noqa: BLE001  a thread's error must reach the caller
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(RANKS)]
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(RANKS)]
     for thread in threads:
         thread.start()
     for thread in threads:

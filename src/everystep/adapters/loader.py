@@ -110,7 +110,7 @@ class IterableSource:
                 "a generator or iterator can be gone through only once, so an epoch could not be resumed",
                 do="pass what makes it: a DataLoader, a list, or an object whose __iter__ starts over",
             )
-        if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        if not any(hasattr(batches, name) for name in ("__iter__", "__getitem__")):
             raise UsageError(f"a {type(batches).__name__} has no batches to go through", do="pass a DataLoader")
         self._batches = batches
         try:
