@@ -21,7 +21,7 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _train(name: str) -> None:
 def _write_index(folder: Path, state: dict[str, tuple[str, Array]]) -> None:
     index, offset = [], 0
     for name, (role, value) in state.items():
-        index.append(Entry(name, role, name_of(value.dtype), list(value.shape), offset).__dict__)
+        index.append(asdict(Entry(name, role, name_of(value.dtype), list(value.shape), offset)))
         offset += value.nbytes
     (folder / "index.json").write_text(json.dumps(index, indent=1))
 
@@ -302,7 +302,8 @@ def _shapes(count: int, side: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
         v = ((y - dy) * np.cos(turn) - (x - dx) * np.sin(turn)) / size
         radius, angle = np.hypot(u, v), np.arctan2(v, u)
         inside = [
-            radius < 1, (radius < 1) & (radius > 0.55), np.maximum(abs(u), abs(v)) < 0.8, (abs(u) < 0.25) & (abs(v) < 1),
+            radius < 1, (radius < 1) & (radius > 0.55), np.maximum(abs(u), abs(v)) < 0.8,
+            (abs(u) < 0.25) & (abs(v) < 1),
             (np.minimum(abs(u), abs(v)) < 0.22) & (radius < 1.1), radius < 0.45 + 0.5 * np.cos(5 * angle),
             radius < 0.45 + 0.5 * np.cos(3 * angle), (v > -0.6) & (v < 0.9 - 1.6 * abs(u)), (radius < 1) & (u > 0),
             (radius < 1) & (np.sin(9 * u) > 0),

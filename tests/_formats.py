@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
+import pickle
 import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -103,3 +108,64 @@ PLAIN = [
 def neutral(value: Any) -> Any:
     """A state of torch as its file is read: arrays in place of tensors."""
     return through(value).state
+
+
+# The parts of hostile files.
+@contextlib.contextmanager
+def bounded(mib: float = 64.0) -> Iterator[None]:
+    """Far above what these files cost, far below what they ask for. For time, the timeout of a test stands."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < mib * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def torch_file(stream: bytes, method: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("archive/data.pkl", stream)
+        archive.writestr("archive/byteorder", b"little")
+        for name, data in records.items():
+            archive.writestr(f"archive/data/{name.removeprefix('_')}", data)
+    return out.getvalue()
+
+
+def stream(*parts: bytes) -> bytes:
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def name(path: str) -> bytes:
+    module, _, last = path.rpartition(".")
+    return f"c{module}\n{last}\n".encode()
+
+
+def tensor(
+    offset: Any = 0,
+    shape: Any = (2,),
+    strides: Any = (1,),
+    size: int = 2,
+    kind: str = "FloatStorage",
+    key: str = "0",
+    **more: Any,
+) -> bytes:
+    """A call of _rebuild_tensor_v2 with these arguments."""
+
+    def value(of: Any) -> bytes:
+        return pickle.dumps(of, 2)[2:-1]
+
+    id = b"(" + text("storage") + name(f"torch.{kind}") + text(key) + text("cpu") + value(size) + b"tQ"
+    rest = value(offset) + value(shape) + value(strides) + b"\x89" + name("collections.OrderedDict") + b")R"
+    return name("torch._utils._rebuild_tensor_v2") + b"(" + id + rest + (value(more["extra"]) if more else b"") + b"tR"
+
+
+def packed(edit: Callable[[zipfile.ZipFile], None], method: int = zipfile.ZIP_STORED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        edit(archive)
+    return out.getvalue()

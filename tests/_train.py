@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,16 @@ def picture(state: Any) -> Any:
     return tree.nodes, tree.values, rows
 
 
-def digest(state: Any) -> str:
-    return hashlib.sha256(repr(picture(state)).encode()).hexdigest()
+@dataclass(frozen=True)
+class Done:
+    """What a training came to: (step, batch, loss) of every step, and a picture of its end."""
+
+    seen: list[tuple[int, bytes, bytes]]
+    picture: Any
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(repr(self.picture).encode()).hexdigest()
 
 
 class Job:
@@ -101,13 +110,13 @@ class Job:
         self.seen.append((step, x.numpy().tobytes(), loss.detach().numpy().tobytes()))
         return loss
 
-    def state(self) -> dict[str, Any]:
-        """Everything that makes the run, and every global generator."""
-        captured = {name: adapters.capture(target, name, self.tracked) for name, target in self.tracked.items()}
-        return {**captured, "random": adapters.random_state()}
-
     def picture(self) -> Any:
-        return picture(self.state())
+        """Everything that makes the run, and every global generator, as they are now."""
+        captured = {name: adapters.capture(target, name, self.tracked) for name, target in self.tracked.items()}
+        return picture({**captured, "random": adapters.random_state()})
+
+    def done(self) -> Done:
+        return Done(self.seen, self.picture())
 
 
 class Numbers(Dataset[Any]):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from everystep import formats
-from everystep.errors import Conflict, NotFound, StorageError, StorageFull, Unsupported, UsageError
+from everystep.errors import Conflict, Damaged, NotFound, ReadOnly, StorageError, StorageFull, Unsupported, UsageError
 from everystep.formats import Opaque
 from everystep.seam import Files, Seam
 
@@ -216,6 +216,10 @@ def test_what_is_not_read_is_said(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(Unsupported, match=match):
             formats.read(data)
+    for name in ("x.safetensors", "x.pth", "x.npz"):  # where the bytes say nothing, the reader of the name says more
+        (tmp_path / name).write_bytes(b"\xff" * 600)
+        with pytest.raises((Damaged, Unsupported), match=r"header of|whole zip archive"):
+            formats.read(tmp_path / name)
     with pytest.raises(NotFound, match="no such file"):
         formats.read(tmp_path / "nothing.pth")
     with pytest.raises(StorageError):
@@ -288,3 +292,67 @@ def test_a_file_system_without_links(tmp_path: Path) -> None:
     formats.write(tmp_path / "x.npz", {"a": np.ones(2)}, seam=seam)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "x.npz"]
     check({"a": np.ones(2)}, formats.read(tmp_path / "x.npz").state)
+
+
+class Odd(Files):
+    """A disk that takes no bytes, a file that gets shorter, a name that somebody takes in between."""
+
+    def __init__(self, *, full: bool = False, longer: int = 0, unseen: bool = False) -> None:
+        self._full, self._longer, self._unseen = full, longer, unseen
+
+    def write(self, fd: int, data: memoryview) -> int:
+        return 0 if self._full else super().write(fd, data)
+
+    def size(self, path: str) -> int:
+        if self._unseen:
+            raise FileNotFoundError(path)
+        return super().size(path) + self._longer
+
+
+def test_odd_disks(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    with pytest.raises(StorageError, match="takes no bytes"):
+        formats.write(path, {"a": np.ones(3)}, seam=Seam(Odd(full=True)))
+    with pytest.raises(ReadOnly, match="injected"):
+        formats.write(path, {"a": np.ones(3)}, seam=Seam(Failing(0, errno.EACCES)))
+    assert not list(tmp_path.iterdir())
+    formats.write(path, {"a": np.ones(3)})
+    with pytest.raises(Damaged, match="the file ends at"):
+        formats.read(path, seam=Seam(Odd(longer=9)))
+    with pytest.raises(Conflict):
+        formats.write(path, {"a": np.zeros(3)}, seam=Seam(Odd(unseen=True)))
+    check({"a": np.ones(3)}, formats.read(path).state)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+@pytest.mark.parametrize("name", ["npz", "safetensors"])
+def test_odd_names(name: str, tmp_path: Path) -> None:
+    x = np.ones(2)
+    state = {
+        "": x,
+        "a\0b": x.copy(),
+        "a/b": x.copy(),
+        "a": {"b": x.copy()},
+        "%00": x.copy(),
+        "%": {"": x},
+        "..": [x.copy()],
+    }
+    check(state, formats.read(formats.write(tmp_path / f"x.{name}", state).path).state)
+    long: Any = x
+    for _ in range(12):
+        long = {"k" * 999: long}
+    with pytest.raises(Unsupported, match="no room"):
+        formats.write(tmp_path / f"y.{name}", long)
+    check(x, formats.read(formats.write(tmp_path / f"z.{name}", x).path).state)
+
+
+@pytest.mark.parametrize("name", ["npz", "safetensors"])
+def test_long_text_and_headers_that_are_too_long(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"text": "\ud800é" * 3000, "bytes": b"\x00" * 5000, "step": 1}
+    written = formats.write(tmp_path / f"x.{name}", state)
+    assert [n.path for n in written.changed] == ["text", "bytes", ""]
+    check(state, formats.read(written.path).state)
+    monkeypatch.setattr(formats.safetensors, "HEADER_MAX", 100)
+    if name == "safetensors":
+        with pytest.raises(Unsupported, match="structure take"):
+            formats.write(tmp_path / "y.safetensors", state)

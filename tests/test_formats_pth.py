@@ -27,6 +27,7 @@ import everystep
 from everystep import formats
 from everystep.errors import Unsupported
 from everystep.formats import Opaque
+from everystep.schema import Fields
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -286,6 +287,37 @@ def test_storages_meta_tensors_and_packed_elements() -> None:
     assert {o.path for o in content.not_understood} == {"meta", "bits"}
 
 
+class Named:
+    """An object whose class takes its arguments by name."""
+
+    def __new__(cls, *, lr: float) -> Named:
+        return super().__new__(cls)
+
+    def __getnewargs_ex__(self) -> Any:
+        return (), {"lr": 0.1}
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_other_classes_of_tensors_and_objects_made_by_name(protocol: int) -> None:
+    weights = torch.arange(8.0).reshape(2, 4)
+    scales = torch.ones(2), torch.zeros(2)
+    packed = torch.quantize_per_channel(weights, *scales, 0, torch.quint4x2)
+    state = {"own": torch.ones(2).as_subclass(OwnTensor), "packed": packed, "named": Named(lr=0.1), "good": weights}
+    content = through(state, pickle_protocol=protocol)
+    assert {o.path for o in content.not_understood} == {"own", "packed", "named"}
+    check({"good": weights}, content.understood())
+
+
+def test_keys_of_other_types_become_text_or_tuples() -> None:
+    content = through({torch.Size([1, 2]): 1, torch.float32: 2, (torch.device("cpu"), 3): {"x": torch.Size([4])}})
+    check({(1, 2): 1, "torch.float32": 2, ("cpu", 3): {"x": (4,)}}, content.state)
+    assert len(content.changed) == 4 and not content.not_understood
+
+
 def test_files_without_crc_and_from_the_other_byte_order_and_packed_again() -> None:
     state = {
         "f": torch.randn(3, 4),
@@ -381,16 +413,20 @@ def test_what_torch_has_no_form_for_is_said_or_refused(tmp_path: Path) -> None:
     assert torch.load(path, weights_only=True) == {"a": float(np.float32(0.1)), "b": (1, [3]), "c": "t", "d": True}
     loop: list[Any] = []
     loop.append(loop)
+    record = Fields("Point", [("x", 1)])
+    assert [n.text for n in formats.write(path, record, overwrite=True).changed] == ["a record is an OrderedDict here"]
+    check(torch.load(path, weights_only=True), collections.OrderedDict(x=1))
     refused = [
         np.array(["text"]), np.array([(1,)], [("a", "i4")]), np.array([object()]), {1, 2}, object(), torch.ones(2),
-        loop, np.datetime64("2026-01-01"), np.longdouble(1), 2**3000, Opaque("a.B"), {(1, frozenset()): 2},
+        loop, np.datetime64("2026-01-01"), np.longdouble(1), 2**3000, Opaque("a.B"),
+        {(1, frozenset()): 2}, {frozenset(): 1},
         lambda: None, np.ma.masked_array([1], [True]), np.ones(2, ml_dtypes.int4),
     ]  # fmt: skip
     for value in refused:
         with pytest.raises(Unsupported) as caught:
             formats.write(path, {"deep": [value]}, overwrite=True)
         assert caught.value.where.startswith("deep"), value
-    assert torch.load(path, weights_only=True)["c"] == "t"  # a refused state leaves the earlier file as it was
+    assert torch.load(path, weights_only=True)["x"] == 1  # a refused state leaves the earlier file as it was
     assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _train import LEAVES, Job, WithoutGit, digest, go, new_repository, one_thread, scramble
+from _train import LEAVES, Done, Job, WithoutGit, go, new_repository, one_thread, scramble
 from torch import nn
 
 import everystep
@@ -29,20 +29,20 @@ def open_run(repo: Repository, job: Job, **options: Any) -> Run:
 
 
 @cache
-def whole(total: int = TOTAL) -> Job:
+def whole(total: int = TOTAL) -> Done:
     """The training as it is without everystep."""
     job = Job()
     for step in range(1, total + 1):
         job.train(step)
-    return job
+    return job.done()
 
 
 def check(first: Job, resumed: Job, from_step: int, total: int = TOTAL) -> None:
     """Both parts together are the whole run."""
-    seen = whole(total).seen
-    assert resumed.seen == seen[from_step:]
-    assert first.seen == seen[: len(first.seen)]
-    assert resumed.picture() == whole(total).picture()
+    end = resumed.done()
+    assert end.seen == whole(total).seen[from_step:]
+    assert first.seen == whole(total).seen[: len(first.seen)]
+    assert end.picture == whole(total).picture
 
 
 def test_the_loop_and_its_saves_change_nothing() -> None:
@@ -52,8 +52,7 @@ def test_the_loop_and_its_saves_change_nothing() -> None:
             loop = run.steps(TOTAL, save_every=save_every)
             assert len(loop) == TOTAL
             go(run, job, loop)
-        assert job.seen == whole().seen
-        assert job.picture() == whole().picture()
+        assert job.done() == whole()
 
 
 @pytest.mark.parametrize("how", LEAVES)
@@ -84,8 +83,9 @@ def test_cut_after_each_step_in_turn() -> None:
         with open_run(repo, job) as run:
             go(run, job, run.steps(TOTAL), cut, LEAVES["stop"])
         parts.append(job)
+    end = job.picture()
     assert list(itertools.chain.from_iterable(job.seen for job in parts)) == whole().seen
-    assert parts[-1].picture() == whole().picture()
+    assert end == whole().picture
     steps = [checkpoint.step for checkpoint in repo["r"].checkpoints()]
     assert steps == list(range(1, TOTAL + 1))
 
@@ -116,8 +116,7 @@ def test_one_object_loops_again() -> None:
         for total in (3, 4, 9, TOTAL):
             go(run, job, run.steps(total))
             assert run.step is None
-    assert job.seen == whole().seen
-    assert job.picture() == whole().picture()
+    assert job.done() == whole()
 
 
 def test_a_loop_in_pieces() -> None:
@@ -152,7 +151,7 @@ def test_a_loop_without_an_end() -> None:
         with pytest.raises(TypeError, match="no length"):
             len(loop)
         go(run, job, loop, TOTAL, LEAVES["stop"])
-    assert job.picture() == whole().picture()
+    assert job.done() == whole()
     assert [c.step for c in repo["r"].checkpoints()] == [5, 10, 12]
 
 
@@ -289,7 +288,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from _train import Job, digest
+from _train import Job
 import everystep
 
 job = Job(seed=int(sys.argv[3]))
@@ -304,7 +303,7 @@ for step in run.steps(12):
         saved = run.save(step)
 run.close()
 assert run.report.exact, run.report
-print(digest(job.state()))
+print(job.done().digest)
 """
 
 
@@ -319,7 +318,7 @@ def test_killed_processes_go_on_as_one(tmp_path: Path) -> None:
         assert died.returncode == 9, died.stderr
     last = in_a_process(tmp_path, 60, die_at=0)
     assert last.returncode == 0, last.stderr
-    assert last.stdout.strip() == digest(whole().state())
+    assert last.stdout.strip() == whole().digest
     past = everystep.open(str(tmp_path))["r"]
     assert [c.step for c in past.checkpoints()] == [2, 4, 6, 8, 10, 12]
     assert [s["continues"] for s in past.sessions()] == [None, past.at(4).id, past.at(6).id]

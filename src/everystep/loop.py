@@ -108,6 +108,10 @@ class Loop:
         if self._run._step == self.step:
             self._run._step = None
 
+    def leave(self) -> None:
+        """The end, for good: also gives back what the loop holds."""
+        self.end()
+
 
 def _watch_signals(run: Run) -> Callable[[], None]:
     """SIGTERM and SIGINT end the loop at its next top; the handler keeps no run alive."""
@@ -139,7 +143,7 @@ class Steps(Loop):
         last = self._total is not None and self.step >= self._total
         running, self._running = self._running, False
         if (running and self._top(None, False, last)) or last:
-            self.end()
+            self.leave()
             return _END
         self._begin_step()
         return self.step
@@ -215,9 +219,13 @@ class Batches(Loop):
         return self._top(self._done, ended, self._done >= self._epochs)
 
     def _stop(self) -> Any:
-        self._batches = None
-        self.end()
+        self.leave()
         return _END
+
+    def leave(self) -> None:
+        self.end()
+        self._batches = None
+        self._source.close()
 
     def _start_epoch(self) -> Iterator[Any]:
         """The same order as when the epoch began, from the first batch that was not consumed."""

@@ -351,7 +351,7 @@ class Run(PastRun):
     def _enter(self, loop: Loop | None) -> None:
         """One loop at a time: the one before gives its signals back."""
         if self._active is not None:
-            self._active.end()
+            self._active.leave()
         self._active, self._position = loop, dict
         if loop is not None:
             self._position, self.stopped = loop._position, None

@@ -12,7 +12,7 @@ import numpy as np
 
 from everystep import adapters
 from everystep.errors import UsageError
-from everystep.schema import LoadReport
+from everystep.schema import LoadReport, Roled
 
 T = TypeVar("T")
 _INSIDE = ("sampler", "batch_sampler", "dataset", "datasets", "transform", "transforms")
@@ -94,6 +94,13 @@ def generators(root: Any) -> dict[str, Any]:
     return found
 
 
+def set_generators(root: Any, states: Mapping[str, Any]) -> None:
+    """Puts the generators that `generators` finds back to their states."""
+    for name, generator in generators(root).items():
+        if name in states:
+            adapters.apply(generator, states[name], f"loader.{name}", {}, LoadReport())()
+
+
 def _is_generator(value: Any) -> bool:
     torch = sys.modules.get("torch")
     kinds: list[type] = [np.random.Generator, np.random.RandomState, random.Random]
@@ -157,13 +164,17 @@ class IterableSource:
 
     def set_generators(self, states: Mapping[str, Any]) -> None:
         """Puts the generators back that the loader keeps for itself."""
-        for name, generator in generators(self._batches).items():
-            if name in states:
-                adapters.apply(generator, states[name], f"loader.{name}", {}, LoadReport())()
+        set_generators(self._batches, states)
+
+    def close(self) -> None:
+        """Ends processes that wait for another epoch."""
 
     def _generator_states(self) -> dict[str, Any]:
-        found = generators(self._batches)
-        return {name: adapters.capture(generator, f"loader.{name}", {}) for name, generator in found.items()}
+        found = {
+            name: adapters.capture(generator, f"loader.{name}", {})
+            for name, generator in generators(self._batches).items()
+        }
+        return {name: state.value if isinstance(state, Roled) else state for name, state in found.items()}
 
     def _set_epoch(self, epoch: int) -> None:
         batches = self._batches

@@ -7,6 +7,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import (
 )
 
 from everystep import adapters
-from everystep.adapters.loader import IterableSource, Stream, generators, seed_all
+from everystep.adapters.loader import IterableSource, Stream, generators, seed_all, set_generators
 
 # Samplers that take nothing from the global generators once they have begun.
 _EAGER = (
@@ -47,11 +48,16 @@ class _Seeded:
 
 
 def _arrive(indices: Any, seed: int) -> Any:
-    seed_all({"python": seed, "numpy": seed, "torch": seed})
+    # Python's generator and NumPy's are of one kind, and would draw the same numbers from the same seed.
+    seed_all({"python": seed, "numpy": _mixed(seed, 1), "torch": _mixed(seed, 2)})
     worker = get_worker_info()
-    for number, generator in enumerate(generators(worker.dataset).values() if worker is not None else ()):
-        _reseed(generator, (seed + number + 1) % (1 << 62))
+    for number, generator in enumerate(generators(worker.dataset).values() if worker is not None else (), 3):
+        _reseed(generator, _mixed(seed, number))
     return indices
+
+
+def _mixed(seed: int, number: int) -> int:
+    return (seed ^ _GOLDEN * number) % (1 << 62)
 
 
 def _reseed(generator: Any, seed: int) -> None:
@@ -75,12 +81,14 @@ class _Order:
         self._marks: deque[tuple[int, int | None]] = deque(maxlen=window + 2)
         self.seeds: Mapping[str, int] = {}
         self.skip = 0
+        self.rewind: Callable[[], None] = lambda: None
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __iter__(self) -> Iterator[Any]:
-        """What is skipped is drawn here and now, in the surroundings in which the epoch began."""
+        """What is skipped is drawn here and now, in the surroundings in which the epoch began; torch asks twice."""
+        self.rewind()
         self._marks.clear()
         batches = self._draw()
         for _ in range(self.skip):
@@ -95,7 +103,7 @@ class _Order:
             number += 1
             mark = _mark(indices, mark)
             self._marks.append((number, mark))
-            seed = (self.seeds["torch"] + _GOLDEN * number) % (1 << 62)
+            seed = _mixed(self.seeds["torch"], number << 8)
             yield _Seeded(indices, seed) if self._seeded else indices
             if self._eager:
                 run = _at_once
@@ -133,7 +141,7 @@ class LoaderSource(IterableSource):
 
     def start(self, begun: Mapping[str, Any], epoch: int, skip: int) -> Iterator[Any]:
         self._set_epoch(epoch)
-        self.set_generators(begun["generators"])
+        self._order.rewind = partial(set_generators, self._loader, begun["generators"])
         self._order.seeds, self._order.skip = begun["seeds"], skip
         self._seeder.manual_seed(begun["seeds"]["torch"])
         return iter(self._copy)
@@ -154,6 +162,9 @@ class LoaderSource(IterableSource):
         if not getattr(self._loader, "in_order", True):
             found.append("the loader gives batches in the order in which its workers finish (in_order=False)")
         return found
+
+    def close(self) -> None:
+        self._copy._iterator = None
 
     def _mark(self, consumed: int) -> int | None:
         return self._order.mark(consumed)

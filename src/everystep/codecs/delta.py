@@ -55,7 +55,7 @@ def form_of(dtype: str, nbytes: int) -> Form:
         width, shift = _FLOATS[dtype]
         form = Form(width, True, shift)
     else:
-        form = Form(_INTS.get(dtype[1:3], 1) if dtype[0] in "<|" else 1, False, UNGROUPED)
+        form = Form(_INTS.get(dtype[1:3], 1) if dtype[:1] in ("<", "|") else 1, False, UNGROUPED)
     return form if nbytes % form.width == 0 else Form(1, False, UNGROUPED)
 
 

@@ -16,6 +16,7 @@ Piece = bytes | memoryview
 _HEAD = struct.Struct("<BBH")  # width in bytes, 1 if the sign was turned, number of planes
 _PLANE = struct.Struct("<BI")  # 0 raw or 1 zstd, stored bytes
 _SLICES = 8
+_SAMPLE_BYTES_MIN = 8 << 10
 # Exponents change along a leaf: with symbol codes for each 32 KiB those of Adam's average come to .336 instead of .341.
 _BLOCK_BYTES = 32 << 10
 WORDS: dict[int, np.dtype[Any]] = {
@@ -54,15 +55,15 @@ def encode(
 
 
 def shrink(row: Array, ends: list[int], level: int, sample_bytes: int, worth_ratio: float) -> bytes | None:
-    """One zstd frame, or None where slices spread over the row do not shrink below `worth_ratio`.
+    """One zstd frame, or None where slices spread over a long row do not shrink below `worth_ratio`.
 
     Args:
         ends: where a block, and so a new set of symbol codes, begins; and last the row's end.
     """
-    sample = memoryview(spread(row, sample_bytes))
+    sample = memoryview(spread(row, share_of(row.nbytes, sample_bytes)))
     tried = [(len(compressor.compress(sample)), compressor) for compressor in compressors(level)]
     size, best = min(tried, key=lambda pair: pair[0])
-    if size > worth_ratio * sample.nbytes:
+    if size > worth_ratio * sample.nbytes and row.nbytes > 2 * sample_bytes:
         return None
     stream, out, start = best.compressobj(size=row.size), [], 0
     for end in ends:
@@ -88,6 +89,11 @@ def compressors(level: int) -> list[zstandard.ZstdCompressor]:
 _SYMBOLS = zstandard.ZstdCompressionParameters.from_level(
     1, strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, write_checksum=False, write_content_size=True
 )
+
+
+def share_of(nbytes: int, sample_bytes: int) -> int:
+    """How many bytes to look at: a sixteenth, so that looking never costs much of the work."""
+    return min(sample_bytes, max(nbytes >> 4, _SAMPLE_BYTES_MIN))
 
 
 def spread(row: Array, count: int) -> Array:

@@ -19,6 +19,7 @@ KEY = "everystep"
 """Name of the table in the metadata."""
 TABLE_FORMAT = 1
 _TEXT_KINDS = ("str", "bytes")
+_NAME_MAX = 10_000  # zip archives hold names of 65,535 bytes
 
 
 class Table(msgspec.Struct, frozen=True):
@@ -51,9 +52,10 @@ def take_apart(state: Any, is_native: Callable[[np.dtype[Any]], bool]) -> Named:
     changed: list[Note] = []
     for leaf, payload in zip(tree.leaves, tree.payloads):
         array = payload if isinstance(payload, np.ndarray) else np.frombuffer(payload, np.uint8)
-        name = leaf.path or "state"
-        if name in arrays or name.startswith("__"):
-            raise Unsupported("a name that this format keeps for itself", where=leaf.path, do="rename this entry")
+        name = _name(leaf.path)
+        if name in arrays or name.startswith("__") or len(name) > _NAME_MAX:
+            what = "a name that this format keeps for itself, or has no room for"
+            raise Unsupported(what, where=leaf.path[:_NAME_MAX], do="rename this entry")
         if leaf.kind in _TEXT_KINDS:
             changed.append(Note(leaf.path, "long text or bytes is an array of bytes for other readers"))
         elif not is_native(array.dtype):
@@ -62,11 +64,18 @@ def take_apart(state: Any, is_native: Callable[[np.dtype[Any]], bool]) -> Named:
         arrays[name] = array
     if len(tree.values):
         changed.append(Note("", f"{len(tree.values)} plain values are in the metadata only"))
-    names = [leaf.path or "state" for leaf in tree.leaves]
-    aliases = {path: names[tree.nodes[at][1]] for path, at, _ in paths_of(tree) if tree.nodes[at][0] == "leaf"}
+    names = [_name(leaf.path) for leaf in tree.leaves]
+    found = ((_name(path), tree.nodes[at]) for path, at, _ in paths_of(tree))
+    aliases = {name: names[node[1]] for name, node in found if node[0] == "leaf"}
     leaves = [(name, leaf.dtype, leaf.kind) for name, leaf in zip(names, tree.leaves)]
     table = msgspec.json.encode(Table(TABLE_FORMAT, tree.nodes, tree.values, leaves))
-    return Named(arrays, {path: name for path, name in aliases.items() if path and path != name}, table, changed)
+    ties = {name: kept for name, kept in aliases.items() if name != kept}
+    return Named(arrays, ties, table, changed)
+
+
+def _name(path: str) -> str:
+    """A path as a name in a file. Zip archives cut names at a zero; a per cent sign in a path is %25 already."""
+    return (path or "state").replace("\0", "%00")
 
 
 def put_together(table: bytes | str, arrays: Mapping[str, Array], where: str) -> Any:

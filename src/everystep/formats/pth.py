@@ -63,7 +63,7 @@ def _read_zip(source: Source) -> Content:
     work = Assembly(
         lambda key: archive.read(f"{prefix}data/{key}"), source.size, order.decode() != sys.byteorder, source.name
     )
-    return _content(work, value)
+    return _content(work, value, objects)
 
 
 def _prefix(names: list[str]) -> str:
@@ -100,12 +100,13 @@ def _read_legacy(source: Source, at: int) -> Content:
         return data[start : start + count].copy()  # aligned, and without the rest of the file
 
     swapped = info.get("little_endian", True) is not (sys.byteorder == "little")
-    return _content(Assembly(fetch, source.size, swapped, source.name), value)
+    return _content(Assembly(fetch, source.size, swapped, source.name), value, objects)
 
 
-def _content(work: Assembly, value: Any) -> Content:
+def _content(work: Assembly, value: Any, objects: Objects) -> Content:
     state = work.state(value)
-    return Content(state, "pth", tuple(work.not_understood), tuple(work.changed))
+    keys = [Note("", f"{text}: in the key of a dict") for text in objects.changed_keys]
+    return Content(state, "pth", tuple(work.not_understood), (*work.changed, *keys))
 
 
 def write(state: Any, target: Target) -> list[Note]:

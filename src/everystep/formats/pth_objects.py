@@ -74,10 +74,11 @@ class Tensor:
 
 
 class Objects:
-    """Answers the machine. `storages` are those that the stream named."""
+    """Answers the machine. `storages` are those that the stream named, `changed_keys` what became of some keys."""
 
     def __init__(self, stream_bytes: int) -> None:
         self.storages: dict[str, Storage] = {}
+        self.changed_keys: list[str] = []
         # What is built by the table may use one part of the stream many times: in all, a few streams at most.
         self._budget = 4 * stream_bytes + (1 << 20)
 
@@ -137,6 +138,7 @@ class Objects:
         if kind is tuple:
             return tuple(map(self._key, key))
         if kind is Wrapped:
+            self.changed_keys.append(key.text)
             return self._key(key.value)
         if kind is Name:
             return Opaque(key.text)  # becomes its name when the state is put together

@@ -17,6 +17,7 @@ ALIGN = 64
 GROW_MIN, GROW_TIMES = 1 << 30, 64
 """Compressed entries may grow to 1 GiB, or to 64 times the file: zeros of real states stay below, bombs reach 1032."""
 _HEADER = struct.Struct("<4s22xHH")
+_END, _END_64 = struct.Struct("<4s6xH10x"), struct.Struct("<4s28xQ36x")  # the latter with its locator
 _UTF8 = 0x800  # the flag of names that are not of the code page of 1981
 _PADDING = 0x4246  # the id that torch gives to the extra field that aligns its entries
 _FAILURES = (
@@ -36,12 +37,14 @@ class Archive:
         self._source = source
         try:
             with zipfile.ZipFile(source) as archive:  # type: ignore[call-overload,unused-ignore]
-                entries = archive.infolist()
+                entries, end = archive.infolist(), source.size - len(archive.comment) - _END.size
         except _FAILURES as error:
             raise source.damaged(f"not a whole zip archive: {str(error)[:200]}") from error
         self._entries = {entry.filename: entry for entry in entries}
         if len(self._entries) != len(entries):
             raise source.damaged("two entries of the archive have one name")
+        if len(entries) != _count(source, end):  # zipfile takes what it finds
+            raise source.damaged("entries of the archive are missing")
         if sum(entry.compress_size for entry in entries) > source.size:
             raise source.damaged("the entries of the archive are larger than the file: they overlap")
         grown = sum(entry.file_size for entry in entries if entry.compress_type != zipfile.ZIP_STORED)
@@ -93,6 +96,14 @@ class Archive:
 
     def _damaged(self, name: str, what: str) -> Damaged:
         return Damaged(f"an entry of the archive is damaged: {what}", where=self._where(name), do="get the file again")
+
+
+def _count(source: Source, end: int) -> int:
+    """How many entries the record at the end of an archive says there are."""
+    _, count = _END.unpack(source.bytes_at(end, _END.size))
+    if count == 0xFFFF:
+        _, count = _END_64.unpack(source.bytes_at(end - _END_64.size, _END_64.size))
+    return int(count)
 
 
 class Writer:

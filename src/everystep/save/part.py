@@ -32,8 +32,6 @@ from everystep.vault.packs import Slot
 from everystep.vault.record import Where
 
 MANIFEST_BYTES_MAX = 1 << 30
-CHUNKS_AHEAD = 16
-"""Encoded and waiting to be stored: as much as one pack, in which time the next can be encoded."""
 
 
 @dataclass
@@ -156,9 +154,10 @@ class PartWriter:
         self._whole = True
         changed = all(stream.role == "rng" or not stream.nbytes for stream in snapshot.layout.streams)
         encoded = self._pool.map(lambda i: self._encode(snapshot, i), range(len(roles)), 2 * self._settings.workers)
-        # One thread stores, in order, so that the others go on encoding meanwhile.
+        # One thread stores, in order, while the others encode the next pack.
+        ahead = 1 + self._settings.pack_bytes_max * len(roles) // max(snapshot.layout.nbytes, 1)
         with closing(self._vault.seam.pool(1, "everystep-store")) as storing:
-            for found, role, slot in storing.map(self._store, zip(encoded, roles), CHUNKS_AHEAD):
+            for found, role, slot in storing.map(self._store, zip(encoded, roles), ahead):
                 hashes.append(found.hash)
                 slots.append(slot)
                 changed = changed or (found.known is None and role != "rng")
