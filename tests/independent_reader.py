@@ -18,7 +18,6 @@ FOREIGN |= {f"torch.{name}": "|u1" for name in ("float4_e2m1fn_x2", "bits1x8", "
 FOREIGN |= {"torch.bits16": "<u2", "torch.complex32": [("real", "<f2"), ("imag", "<f2")]}
 ML = re.compile(r">?(bfloat16|b?complex32|float[468]_e\w+|u?int[124])")
 NUMPY = re.compile(r"\|(b1|[iu]1|[SV]\d+)|[<>]([iu][248]|f(2|4|8|12|16)|c(8|16|24|32)|U\d+|[mM]8(\[\w+\])?)")
-tight = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def check(truth, what):
@@ -64,14 +63,15 @@ class Run:  # its log, folded
         check(found, "no such checkpoint")
         return found[-1]
 
-    def read(self, where, here=("", 0)):
+    def read(self, where, here=("", 0), base=None):
         """The plain bytes of a page or chunk at [writer, number, offset, length, plain length, codec, BLAKE3]."""
         writer, number = (where if where[0] else here)[:2]
         with open(self.folder / "packs" / writer / str(number), "rb") as pack:
             pack.seek(where[2])
             stored = pack.read(where[3])
-        data = planes(stored, where[4]) if where[5] == 1 else stored
-        intact = blake3(data).hexdigest() == where[6] and len(data) == where[4] and where[5] in (0, 1)
+        decode = {0: lambda stored, nbytes: stored, 1: planes, 2: lambda *known: delta(base, *known)}[where[5]]
+        data = decode(stored, where[4])
+        intact = blake3(data).hexdigest() == where[6] and len(data) == where[4]
         check(intact, f"{pack.name} is damaged at {where[2]}")
         return data
 
@@ -81,28 +81,27 @@ class Run:  # its log, folded
     def load(self, commit):
         """(state, path -> array) of a commit; the state holds the very objects of the mapping."""
         body = self.read(commit["root"])
-        root = json.loads(body)
-        head = [root[key] for key in ("format", "checkpoint", "step", "parent")]
-        metrics = body[body.index(b',"metrics":') + 11 : body.rindex(b',"parts":[{"rank":')].decode()
-        logical = tight([*head, "?", [[p["rank"], p["content"]] for p in root["parts"]]]).replace('"?"', metrics, 1)
-        check(blake3(logical.encode()).hexdigest() == commit["logical"], "not the root that was committed")
-        check(head[:3] == [1, commit["id"], commit["step"]], "the root of another checkpoint")
+        root, places = map(json.loads, body.split(b"\n"))
+        check(blake3(body.split(b"\n")[0]).hexdigest() == commit["logical"], "not the root that was committed")
+        same = all(root[key] == commit[key] for key in ("step", "parent", "metrics"))
+        check(root["format"] == 1 and root["checkpoint"] == commit["id"] and same, "the root of another checkpoint")
         pieces, state = {}, {}
-        trees = [self.part(part, commit["root"], pieces) for part in root["parts"]]
+        trees = [self.part(hash, at, commit["root"], pieces) for (_, hash), at in zip(root["parts"], places)]
         arrays = {path: whole(*found) for path, found in pieces.items()}
         for nodes, leaves, values in trees:
             state = merge(state, build(iter(nodes), [arrays[leaf[0]] for leaf in leaves], values))
         return state, arrays
 
-    def part(self, entry, here, pieces):
+    def part(self, hash, where, here, pieces):
         """Adds what one rank holds to `pieces`; answers its tree."""
-        here, part = entry["part"] if entry["part"][0] else here, json.loads(self.read(entry["part"], here))
-        logical = part["logical"]
-        check(blake3(tight(logical).encode()).hexdigest() == entry["content"], "not the part that was committed")
+        here, body = where if where[0] else here, self.read(where, here)
+        logical, part = map(json.loads, body.split(b"\n"))
+        check(blake3(body.split(b"\n")[0]).hexdigest() == hash, "not the part that was committed")
         promised = [[logical["tree"]], [logical["values"]], logical["chunks"]]
         check([[where[6] for where in part[k]] for k in ("tree", "values", "chunks")] == promised, "other pages")
-        pages = (b"".join(self.read(w, here) for w in part[k]) for k in ("tree", "values", "chunks", "spots"))
-        tree, values, hashes, spots = pages
+        names = ("tree", "values", "chunks", "spots", "base_hashes", "bases")
+        tree, values, hashes, spots, *bases = (b"".join(self.read(w, here) for w in part[k]) for k in names)
+        bases = list(zip(*map(struct.iter_unpack, ("32s", "<IQIBBI"), bases)))
         nodes, leaves = json.loads(tree)["nodes"], json.loads(tree)["leaves"]
         streams, regions, most = {}, [], logical["chunk_bytes_max"]
         for leaf in leaves:
@@ -114,18 +113,22 @@ class Run:  # its log, folded
                 stream = streams.setdefault(key, {"unit": unit, "nbytes": 0, "data": bytearray()})
                 regions.append((leaf, box, stream, stream["nbytes"], nbytes))
                 stream["nbytes"] += nbytes
-        chunks = zip(struct.iter_unpack("<IQIBBI", spots), struct.iter_unpack("32s", hashes))
+        chunks = zip(struct.iter_unpack("32s", hashes), struct.iter_unpack("<IQIBBI", spots))
         for stream in streams.values():
             for start in range(0, stream["nbytes"], stream["unit"]):
-                (pack, offset, length, codec, *base), (digest,) = next(chunks)
-                check(base == [0, 0xFFFFFFFF], "a chunk that leans on another")
                 nbytes = min(stream["unit"], stream["nbytes"] - start)
-                stream["data"] += self.read([*part["packs"][pack], offset, length, nbytes, codec, digest.hex()])
+                stream["data"] += self.chunk(*next(chunks), nbytes, bases, part["packs"])
         check(next(chunks, None) is None and len(hashes) == 32 * logical["count"], "a wrong number of chunks")
         for leaf, box, stream, start, nbytes in regions:
             held = pieces.setdefault(leaf[0], (leaf, {}))[1]
             held.setdefault(str(box), (box, stream["data"][start : start + nbytes]))
         return nodes, leaves, json.loads(values)
+
+    def chunk(self, digest, spot, nbytes, bases, packs):
+        pack, offset, length, codec, depth, base = *spot[:5], bases[spot[5]] if spot[4] else None
+        check(base is None or base[1][4] == depth - 1, "a chain of another length")
+        plain = self.chunk(*base, nbytes, bases, packs) if base else None
+        return self.read([*packs[pack], offset, length, nbytes, codec, digest[0].hex()], base=plain)
 
 
 def whole(leaf, held):
@@ -186,12 +189,35 @@ def dtype_of(name):
 def planes(stored, nbytes):
     (width, turned, number), at, rows = struct.unpack_from("<BBH", stored), 4, []
     for _ in range(number):
-        packed, size = struct.unpack_from("<BI", stored, at)
-        row, at = stored[at + 5 : at + 5 + size], at + 5 + size
-        rows.append(zstandard.ZstdDecompressor().decompress(row, nbytes // width) if packed else row)
-    check(at == len(stored) and {len(row) * width for row in rows} == {nbytes}, "planes of another length")
-    words = np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
+        how, size = struct.unpack_from("<BI", stored, at)
+        rows.append((how, stored[at + 5 : at + 5 + size]))
+        at += 5 + size
+    check(at == len(stored), "bytes left over")
+    words = joined(rows, nbytes, width)
     return ((words >> 1) | (words << (8 * width - 1)) if turned else words).tobytes()
+
+
+def delta(base, stored, nbytes):
+    width, ordered, shift = stored[:3]
+    rows, at, top = [], 3 + 5 * width, 8 * width - 1
+    for how, size in struct.iter_unpack("<BI", stored[3:at]):
+        rows.append((how, stored[at : at + size]))
+        at += size
+    words, old = joined(rows, nbytes, width), np.frombuffer(base, f"<i{width}")
+    if shift < 255:  # grouped by the base's exponent
+        key = ((old.view(f"<u{width}") & ((1 << top) - 1)) >> shift).astype("u1")
+        grouped, words = words, np.empty_like(words)
+        words[np.argsort(key, kind="stable")] = grouped
+    turn = (lambda x: x ^ ((x >> top) & ((1 << top) - 1))) if ordered else (lambda x: x)
+    return turn(((words >> 1).view(f"<i{width}") ^ -(words & 1).view(f"<i{width}")) + turn(old)).tobytes()
+
+
+def joined(rows, nbytes, width):
+    count = nbytes // width
+    forms = {0: bytes, 1: lambda row: zstandard.ZstdDecompressor().decompress(row, count), 2: lambda row: row * count}
+    rows = [forms[how](row) for how, row in rows]
+    check({len(row) * width for row in rows} == {nbytes}, "planes of another length")
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
 
 
 if __name__ == "__main__":

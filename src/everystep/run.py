@@ -15,6 +15,7 @@ from everystep.metrics import Recorded, series
 from everystep.past import PastRun
 from everystep.restore import open_checkpoint, place_tracked
 from everystep.save import Saved, Writer, snapshot, take_run
+from everystep.save.bases import Leaning
 from everystep.save.commit import check_fence
 from everystep.save.owner import join_run
 from everystep.save.part import Known
@@ -290,9 +291,9 @@ class Run(PastRun):
         self.rank, self.ranks, self._launch = self._find_place(self._vault.place, self._when_busy)
         term = self._take_term()
         process = self._vault.seam.process()
-        self._writer = Writer(
-            self._vault, term, rank=self.rank, ranks=self.ranks, author=f"{process.host}:{process.pid}"
-        )
+        leaning = Leaning.of(self._vault.settings, drops=False, thins=False)
+        author = f"{process.host}:{process.pid}"
+        self._writer = Writer(self._vault, term, rank=self.rank, ranks=self.ranks, author=author, leaning=leaning)
         self._forget_exit = self._vault.seam.at_exit(self._at_exit)
         return self._writer
 

@@ -30,6 +30,21 @@ class Settings:
     worth_ratio: float = 0.97
     """A plane is stored raw unless its sample shrinks below this share."""
 
+    base_ratio: float = 0.97
+    """A chunk is encoded against its base only where that comes below this share of standing alone."""
+
+    base_depth_max: int = 8
+    """Longest chain of bases: a restore reads at most this many links more."""
+
+    anchor_ratio: float = 0.5
+    """As `base_ratio`, where rules drop checkpoints: what leans on an anchor keeps it from being freed."""
+
+    anchor_every: int = 8
+    """Where rules drop checkpoints, every so many stand alone, and the others lean on the newest of these."""
+
+    base_memory_bytes_max: int = 16 << 30
+    """A state larger than this is not kept in memory as a base: its saves cost more bytes, and less memory."""
+
     workers: int = 2
     """Threads that encode and decode. On CPU-only training they contend with the training itself."""
 
@@ -56,6 +71,8 @@ DEFAULT = Settings()
 
 LIMITS: dict[str, tuple[float, float]] = {
     "chunk_bytes_max": (4096, 1 << 30), "small_leaf_bytes": (0, 1 << 62), "pack_bytes_max": (1, 1 << 40),
+    "base_ratio": (0, 1), "base_depth_max": (0, 60), "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
+    "base_memory_bytes_max": (0, 1 << 62),
     "zstd_level": (1, 22), "sample_bytes": (0, 1 << 30), "worth_ratio": (0, 1), "workers": (1, 1024),
     "put_attempts": (1, 1000), "retry_seconds": (0, 3600), "takeover_seconds": (0, float("inf")),
     "rank_deadline_seconds": (0, float("inf")), "poll_seconds": (0, 3600), "series_steps_max": (1, 1 << 40),

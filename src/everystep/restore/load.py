@@ -33,7 +33,7 @@ class Opened:
 
     def of_rank(self, rank: int) -> Opened | None:
         """What one rank saved, and that alone; None if there was no such rank."""
-        views = tuple(view for view in self.manifest.views if view.part.logical.rank == rank)
+        views = tuple(view for view in self.manifest.views if view.rank == rank)
         return Opened(self._vault, self._commit, replace(self.manifest, views=views)) if views else None
 
     def names(self) -> list[str]:

@@ -21,7 +21,7 @@ from everystep.settings import FORMAT
 from everystep.vault import History, PackName, RunVault, Term
 from everystep.vault.history import roll_up
 from everystep.vault.lines import pack_lines, unpack_lines
-from everystep.vault.manifest import Root, RootPart, logical_of, settle
+from everystep.vault.manifest import Root, logical_hash, pack_halves, settle
 from everystep.vault.names import pack_key, receipt_key
 from everystep.vault.record import Abandon, Commit, Cost, Where
 
@@ -154,12 +154,12 @@ def _check_pack(vault: RunVault, pack: PackName, length: int, rank: int) -> None
 
 def close_root(draft: Draft, own: PartWriter, others: list[Receipt]) -> tuple[Stored, Where, str]:
     """Adds the root to the coordinator's manifest pack and stores it: (own part, the root's place, logical hash)."""
-    parts = [RootPart(0, own.content, own.where)]
-    parts += [RootPart(receipt.rank, receipt.content, receipt.part) for receipt in others]
+    parts = [(0, own.content), *((receipt.rank, receipt.content) for receipt in others)]
     root = Root(FORMAT, draft.id, draft.step, draft.parent, draft.metrics, parts)
-    page = own.page(msgspec.json.encode(root))
+    document = pack_halves(root, [own.where, *(receipt.part for receipt in others)])
+    page = own.page(document)
     stored = own.close()
-    return stored, settle(page, stored.new[-1][0]), logical_of(root)
+    return stored, settle(page, stored.new[-1][0]), logical_hash(document)
 
 
 def commit_event(

@@ -6,12 +6,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 from blake3 import blake3
 
 from everystep import codecs
 from everystep.errors import StorageError
+from everystep.save.bases import Base, Leaning
 from everystep.save.snapshot import Snapshot
 from everystep.seam import Pool
 from everystep.vault import Manifest, PackName, PackWriter, RunVault, Spot, Term
@@ -21,10 +21,12 @@ from everystep.vault.manifest import (
     NO_BASE,
     SPOT,
     Logical,
-    Part,
-    content_of,
+    Placement,
+    logical_hash,
+    pack_halves,
     pages,
     settle,
+    settle_all,
     tree_page,
     values_page,
 )
@@ -32,6 +34,7 @@ from everystep.vault.packs import Slot
 from everystep.vault.record import Where
 
 MANIFEST_BYTES_MAX = 1 << 30
+ALONE = Leaning()
 
 
 @dataclass
@@ -43,14 +46,13 @@ class Known:
 
     @staticmethod
     def of(manifest: Manifest) -> Known:
-        """Only chunks that stand alone: a reference to one that leans on another would need its bases too."""
+        """Everything that a checkpoint's manifest lists."""
         known = Known()
         for view in manifest.views:
             for index in range(len(view.layout.chunks)):
                 spot = view.spot(index)
-                if spot.base == NO_BASE:
-                    known.chunks[view.hashes[index].tobytes()] = spot
-            for page in (*view.part.tree, *view.part.values, *view.part.chunks):
+                known.chunks[spot.hash] = spot
+            for page in (*view.placement.tree, *view.placement.values, *view.placement.chunks):
                 known.pages[page.blake3] = page
         return known
 
@@ -67,6 +69,8 @@ class Stored:
     changed: bool
     """Whether any byte but the random state differs from what was known; true where there is no other."""
     known: Known
+    spots: list[Spot]
+    """Where each chunk lies."""
 
     @property
     def stored_bytes(self) -> int:
@@ -77,15 +81,31 @@ class Stored:
 class _Encoded:
     hash: bytes
     known: Spot | None
-    codec: int
-    pieces: list[Any]
+    codec: int = codecs.RAW
+    pieces: list[Any] = field(default_factory=list)
+    base: Spot | None = None
+
+
+@dataclass(frozen=True)
+class _Stowed:
+    """A chunk in a pack that may not have its name yet."""
+
+    encoded: _Encoded
+    slot: Slot
+
+    def spot(self) -> Spot:
+        found, slot = self.encoded, self.slot
+        return Spot(slot.name, slot.offset, slot.length, found.codec, found.hash, found.base)
 
 
 class PartWriter:
     """Writes the part of one rank for one save."""
 
-    def __init__(self, vault: RunVault, term: Term, known: Known, pool: Pool) -> None:
+    def __init__(
+        self, vault: RunVault, term: Term, known: Known, pool: Pool, base: Base | None = None, leaning: Leaning = ALONE
+    ) -> None:
         self._vault, self._known, self._pool = vault, known, pool
+        self._base, self._leaning = base, leaning
         self._settings = vault.settings
         # Weights and optimizer state never share a pack, so that thinning frees whole files.
         self._optimizer, self._main, self._manifest = (
@@ -96,18 +116,20 @@ class PartWriter:
 
     def write(self, snapshot: Snapshot, rank: int) -> None:
         """Stores the chunks; the pages of the manifest wait for `close`."""
-        self._hashes, slots, self._changed = self._write_chunks(snapshot)
+        slots = self._write_chunks(snapshot)
         self._optimizer.flush()
         self._main.flush()
-        spots = [self._settle(hash, slot) for hash, slot in zip(self._hashes, slots)]
-        self._part = self._draft_part(snapshot, rank, spots)
-        self._where = self.page(msgspec.json.encode(self._part))
+        self._spots = [self._settle(slot) for slot in slots]
+        logical = self._draft_part(snapshot, rank)
+        document = pack_halves(logical, self._placement)
+        self._content = logical_hash(document)
+        self._where = self.page(document)
         self._raw = sum(chunk.nbytes for chunk in snapshot.layout.chunks)
 
     @property
     def content(self) -> str:
         """BLAKE3 over what the part holds: equal for equal states."""
-        return content_of(self._part.logical)
+        return self._content
 
     @property
     def where(self) -> Where:
@@ -134,78 +156,100 @@ class PartWriter:
     def close(self) -> Stored:
         """Stores the manifest's pack; from here on every name is known."""
         self._manifest.flush()
-        here = self._manifest.stored[-1][0]
-        pages = (*self._part.tree, *self._part.values, *self._part.chunks, *self._part.spots, self._where)
-        placed = [settle(page, here) for page in pages]
-        needs = {PackName(*name) for name in self._part.packs}
+        here = self._manifest.stored[-1][0] if self._manifest.stored else PackName(HERE, 0)
+        placed = [*settle_all(self._placement, here).pages(), settle(self._where, here)]
+        needs = {PackName(*name) for name in self._placement.packs}
         needs |= {PackName(page.writer, page.number) for page in placed}
         self._next.pages.update({page.blake3: page for page in placed})
         new = [*self._optimizer.stored, *self._main.stored, *self._manifest.stored]
-        return Stored(self.content, placed[-1], needs, new, self._raw, self._changed, self._next)
+        return Stored(self.content, placed[-1], needs, new, self._raw, self._changed, self._next, self._spots)
 
     # chunks
 
-    def _write_chunks(self, snapshot: Snapshot) -> tuple[list[bytes], list[Slot | Spot], bool]:
+    def _write_chunks(self, snapshot: Snapshot) -> list[_Stowed | Spot]:
         roles = [snapshot.layout.streams[chunk.stream].role for chunk in snapshot.layout.chunks]
-        hashes: list[bytes] = []
-        slots: list[Slot | Spot] = []
-        self._fresh: dict[bytes, Slot] = {}
-        self._codecs: dict[bytes, int] = {}
+        slots: list[_Stowed | Spot] = []
+        self._fresh: dict[bytes, _Stowed] = {}
         self._whole = True
-        changed = all(stream.role == "rng" or not stream.nbytes for stream in snapshot.layout.streams)
+        self._changed = all(stream.role == "rng" or not stream.nbytes for stream in snapshot.layout.streams)
         encoded = self._pool.map(lambda i: self._encode(snapshot, i), range(len(roles)), 2 * self._settings.workers)
         # One thread stores, in order, while the others encode the next pack.
         ahead = 1 + self._settings.pack_bytes_max * len(roles) // max(snapshot.layout.nbytes, 1)
         with closing(self._vault.seam.pool(1, "everystep-store")) as storing:
-            for found, role, slot in storing.map(self._store, zip(encoded, roles), ahead):
-                hashes.append(found.hash)
+            for slot, role in storing.map(self._store, zip(encoded, roles), ahead):
                 slots.append(slot)
-                changed = changed or (found.known is None and role != "rng")
-        return hashes, slots, changed
+                self._changed = self._changed or (not isinstance(slot, Spot) and role != "rng")
+        return slots
 
-    def _store(self, item: tuple[_Encoded, str]) -> tuple[_Encoded, str, Slot | Spot]:
+    def _store(self, item: tuple[_Encoded, str]) -> tuple[_Stowed | Spot, str]:
         """Adds a chunk to its pack, once for all that are equal; in the storing thread."""
         found, role = item
         if found.known is not None:
-            return found, role, found.known
+            return found.known, role
         if not self._whole:
             raise StorageError("a chunk before this one was not stored", where=self._vault.where)
         if found.hash not in self._fresh:
             self._whole = False
             packs = self._optimizer if role == "optimizer" else self._main
-            self._fresh[found.hash] = packs.add(found.pieces)
-            self._codecs[found.hash] = found.codec
+            self._fresh[found.hash] = _Stowed(found, packs.add(found.pieces))
+            found.pieces.clear()
             self._whole = True
-        return found, role, self._fresh[found.hash]
+        return self._fresh[found.hash], role
 
     def _encode(self, snapshot: Snapshot, index: int) -> _Encoded:
         data = snapshot.chunk(index)
         hash = blake3(data).digest()
         known = self._known.chunks.get(hash)
         if known is not None:
-            return _Encoded(hash, known, 0, [])
-        dtype = snapshot.layout.streams[snapshot.layout.chunks[index].stream].dtype
+            return _Encoded(hash, known)
+        stream = snapshot.layout.streams[snapshot.layout.chunks[index].stream]
+        ratio = self._leaning.ratios.get(stream.role)
         s = self._settings
-        return _Encoded(hash, None, *codecs.encode(data, dtype, s.zstd_level, s.sample_bytes, s.worth_ratio))
+        found = self._base.chunk(index, s.base_depth_max) if self._base is not None and ratio is not None else None
+        base, old = found if found is not None else (None, None)
+        codec, pieces = codecs.encode(
+            data, stream.dtype, s.zstd_level, s.sample_bytes, s.worth_ratio, old, ratio or s.base_ratio
+        )
+        return _Encoded(hash, None, codec, pieces, base if codec == codecs.DELTA else None)
 
-    def _settle(self, hash: bytes, slot: Slot | Spot) -> Spot:
+    def _settle(self, slot: _Stowed | Spot) -> Spot:
         """The place of a chunk, now that its pack has a name."""
-        spot = slot if isinstance(slot, Spot) else Spot(slot.name, slot.offset, slot.length, self._codecs[hash])
-        self._next.chunks[hash] = spot
+        spot = slot if isinstance(slot, Spot) else slot.spot()
+        self._next.chunks[spot.hash] = spot
         return spot
 
     # the manifest
 
-    def _draft_part(self, snapshot: Snapshot, rank: int, spots: list[Spot]) -> Part:
-        packs = list(dict.fromkeys(spot.pack for spot in spots))
+    def _draft_part(self, snapshot: Snapshot, rank: int) -> Logical:
+        bases: dict[tuple[PackName, int], tuple[int, Spot]] = {}
+        for spot in self._spots:
+            for link in spot.base.links() if spot.base is not None else ():
+                bases.setdefault((link.pack, link.offset), (len(bases), link))
+        links = [link for _, link in bases.values()]
+        packs = list(dict.fromkeys(spot.pack for spot in (*self._spots, *links)))
         number = {pack: index for index, pack in enumerate(packs)}
-        table = np.array([(number[s.pack], s.offset, s.length, s.codec, s.depth, s.base) for s in spots], SPOT)
+
+        def rows(spots: list[Spot]) -> list[Where]:
+            table = [
+                (
+                    number[s.pack], s.offset, s.length, s.codec, s.depth,
+                    bases[s.base.pack, s.base.offset][0] if s.base is not None else NO_BASE,
+                )
+                for s in spots
+            ]  # fmt: skip
+            return self._pages(np.array(table, SPOT).tobytes(), SPOT.itemsize)
+
         tree = self.page(tree_page(snapshot.tree))
         values = self.page(values_page(snapshot.tree))
-        chunks = [self.page(page) for page in pages(b"".join(self._hashes), HASH_BYTES)]
-        places = [self.page(page) for page in pages(table.tobytes(), SPOT.itemsize)]
-        logical = Logical(
-            rank, self._settings.chunk_bytes_max, self._settings.small_leaf_bytes,
-            tree.blake3, values.blake3, [page.blake3 for page in chunks], len(spots),
+        chunks = self._pages(b"".join(spot.hash for spot in self._spots), HASH_BYTES)
+        self._placement = Placement(
+            [(pack.writer, pack.number) for pack in packs], [tree], [values], chunks, rows(self._spots), rows(links),
+            self._pages(b"".join(link.hash for link in links), HASH_BYTES),
         )  # fmt: skip
-        return Part(logical, [(pack.writer, pack.number) for pack in packs], [tree], [values], chunks, places)
+        return Logical(
+            rank, self._settings.chunk_bytes_max, self._settings.small_leaf_bytes,
+            tree.blake3, values.blake3, [page.blake3 for page in chunks], len(self._spots),
+        )  # fmt: skip
+
+    def _pages(self, table: bytes, entry: int) -> list[Where]:
+        return [self.page(page) for page in pages(table, entry)]

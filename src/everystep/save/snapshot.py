@@ -43,6 +43,10 @@ class Arena:
             self._buffer[:: mmap.PAGESIZE] = 0
         return self._buffer
 
+    def holds(self, data: Array) -> bool:
+        """Whether a buffer that `reserve` gave is still this one."""
+        return data is self._buffer
+
     def fill(self, pairs: Sequence[tuple[Array, Array]]) -> None:
         """Copies each source into its target, in pieces that this thread and those of the pool take in turn.
 

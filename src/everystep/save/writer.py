@@ -8,13 +8,14 @@ from typing import Any
 
 from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError
 from everystep.save import commit as commits
+from everystep.save.bases import Bases, Leaning
 from everystep.save.commit import Condemned, Draft
 from everystep.save.part import Known, PartWriter, Stored
 from everystep.save.snapshot import Arena, Snapshot
 from everystep.vault import RunVault, Term
 from everystep.vault.manifest import settle
 from everystep.vault.names import PackName
-from everystep.vault.record import Attach, Cost, Metrics, Series
+from everystep.vault.record import Abandon, Attach, Cost, Metrics, Series
 
 ATTACH_PIECE = 4 << 20
 
@@ -110,7 +111,7 @@ class Saved:
 class Writer:
     """Owns the term, the arena and the thread; remembers what the last checkpoint holds."""
 
-    def __init__(self, vault: RunVault, term: Term, *, rank: int, ranks: int, author: str) -> None:
+    def __init__(self, vault: RunVault, term: Term, *, rank: int, ranks: int, author: str, leaning: Leaning) -> None:
         self._vault, self.term, self._author = vault, term, author
         self.rank, self.ranks = rank, ranks
         self.parent: str | None = None
@@ -120,7 +121,7 @@ class Writer:
         self.notices: list[str] = []
         self._condition = vault.seam.condition()
         self._pool = vault.seam.pool(vault.settings.workers, "everystep-encode")
-        self.arena = Arena(self._pool)
+        self._bases = Bases(leaning, vault.settings, self._pool)
         self._job: Job | None = None
         self._failed: list[Saved] = []
         self._lost: RunTakenOver | None = None
@@ -131,6 +132,11 @@ class Writer:
         self._thread = vault.seam.start(self._work, "everystep-save")
 
     # the training thread's side
+
+    @property
+    def arena(self) -> Arena:
+        """Where the next snapshot goes."""
+        return self._bases.arena
 
     @property
     def busy(self) -> bool:
@@ -215,6 +221,7 @@ class Writer:
         try:
             id, stored = self._write(job, draft)
         except Condemned:
+            self._bases.forget()
             self.known, draft = Known(), replace(draft, id=self._vault.seam.token(8))
             id, stored = self._write(job, draft)
         if self.rank == 0 and id != draft.id:
@@ -230,12 +237,15 @@ class Writer:
         """Encode and store, then commit: alone, as the coordinator, or as one of many ranks."""
         clock = self._vault.seam.monotonic
         begun = clock()
-        part = PartWriter(self._vault, self.term, self.known, self._pool)
+        base = self._bases.offer(job.snapshot)
+        part = PartWriter(self._vault, self.term, self.known, self._pool, base, self._bases.leaning)
         part.write(job.snapshot, self.rank)
         if self.rank != 0:
             stored = part.close()
             commits.put_receipt(self._vault, self.term, draft, self.rank, stored)
-            return commits.await_settled(self._vault, self.term, draft), stored
+            id = commits.await_settled(self._vault, self.term, draft)
+            self._bases.take(job.snapshot, stored.spots, base)
+            return id, stored
         others = self._gather(draft) if self.ranks > 1 else []
         content = "|".join([part.content, *(receipt.content for receipt in others)])
         before = self.term.steps.get(job.step)
@@ -260,11 +270,14 @@ class Writer:
             lambda history: commits.decide_commit(history, self.term, commit, events, self._vault.where), doubt
         )
         self.term.steps[job.step] = (content, draft.id)
+        self._bases.take(job.snapshot, stored.spots, base)
         return draft.id, stored
 
     def _same_again(self, id: str, job: Job, events: list[Any]) -> str:
         """The same content at the same step: the checkpoint that is there, with what is new beside it."""
-        late = [Metrics(id, job.metrics)] if job.metrics else []
+        late: list[Any] = [Metrics(id, job.metrics)] if job.metrics else []
+        if self.ranks > 1:
+            late.append(Abandon(self.term.nonce, self.term.ordinal, job.step, [], instead=id))
         if events or late:
             self._append(lambda history: self._fenced(history, [*events, *late]))
         return id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from everystep.errors import Damaged, StorageError
 from everystep.vault import Committed, Place, RunVault
@@ -74,7 +75,7 @@ def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progr
     report.records += history.slots
     for slot, why in sorted(history.damaged.items()):
         report.findings.append(Finding(vault.name, f"record {slot}: {why}", f"{vault.where}/log/{slot:020d}"))
-    checked: set[bytes] = set()
+    checked: set[Any] = set()
     pool = vault.seam.pool(vault.settings.workers, "everystep-fsck")
     try:
         for count, id in enumerate(history.live, 1):
@@ -91,7 +92,7 @@ def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progr
 
 
 def _check_checkpoint(
-    vault: RunVault, commit: Committed, report: CheckReport, checked: set[bytes] | None, pool: object
+    vault: RunVault, commit: Committed, report: CheckReport, checked: set[Any] | None, pool: object
 ) -> None:
     """`checked` holds the places that were read for an earlier checkpoint: a shared chunk is read once."""
     event = commit.event
@@ -100,7 +101,8 @@ def _check_checkpoint(
         manifest = vault.manifest(commit)
         for view in manifest.views if checked is not None else ():
             assert checked is not None
-            places = [repr(view.spot(i)).encode() + view.hashes[i].tobytes() for i in range(len(view.layout.chunks))]
+            spots = [view.spot(index) for index in range(len(view.layout.chunks))]
+            places = [(spot.pack, spot.offset, spot.hash) for spot in spots]
             new = [i for i, place in enumerate(places) if place not in checked]
             for group in vault.read_chunks(view, new, pool):  # type: ignore[arg-type]
                 report.bytes_read += sum(chunk.nbytes for _, chunk in group)

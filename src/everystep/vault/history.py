@@ -143,7 +143,7 @@ class History:
         self.live[event.id] = None
 
     def _abandon(self, event: events.Abandon, record: events.Record) -> None:
-        self.settled.setdefault((event.nonce, event.ordinal), None)
+        self.settled.setdefault((event.nonce, event.ordinal), event.instead)
         self.missing_ranks[(event.nonce, event.ordinal)] = event.missing
 
     def _retire(self, event: events.Retire, record: events.Record) -> None:

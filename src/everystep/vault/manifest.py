@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,17 +26,37 @@ SPOT = np.dtype(
     [("pack", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("codec", "u1"), ("depth", "u1"), ("base", "<u4")]
 )
 PAGE_ENTRIES = 4096
+_PAGES = ("tree", "values", "chunks", "spots", "bases", "base_hashes")
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+DEPTH_MAX = 64
+"""Longest chain of bases that is followed; the writer keeps far below."""
 
 
 class Spot(NamedTuple):
-    """Where a chunk lies. `base` is an index into the same part's spots, NO_BASE for none."""
+    """Where a chunk lies, the BLAKE3 of its plain bytes, and the chunk of equal length that it is encoded against."""
 
     pack: PackName
     offset: int
     length: int
     codec: int
-    depth: int = 0
-    base: int = NO_BASE
+    hash: bytes
+    base: Spot | None = None
+
+    @property
+    def depth(self) -> int:
+        """Bases behind it."""
+        return 0 if self.base is None else 1 + self.base.depth
+
+    def links(self) -> Iterator[Spot]:
+        """The chunk itself, its base, the base's base …"""
+        at: Spot | None = self
+        while at is not None:
+            yield at
+            at = at.base
 
 
 class Logical(msgspec.Struct, frozen=True):
@@ -51,35 +71,33 @@ class Logical(msgspec.Struct, frozen=True):
     count: int
 
 
-class Part(msgspec.Struct, frozen=True):
-    """One rank's share of a checkpoint."""
+class Placement(msgspec.Struct, frozen=True):
+    """Where a part's pages lie. `bases` and `base_hashes` are tables like `spots` and `chunks`, of chunks that are no
+    part of the checkpoint and that chunks of it are encoded against."""
 
-    logical: Logical
     packs: list[tuple[str, int]]
     tree: list[Where]
     values: list[Where]
     chunks: list[Where]
     spots: list[Where]
+    bases: list[Where]
+    base_hashes: list[Where]
 
-
-_PAGES = ("tree", "values", "chunks", "spots")
-
-
-class RootPart(msgspec.Struct, frozen=True):
-    rank: int
-    content: str
-    part: Where
+    def pages(self) -> list[Where]:
+        lists = (self.tree, self.values, self.chunks, self.spots, self.bases, self.base_hashes)
+        return [page for pages in lists for page in pages]
 
 
 class Root(msgspec.Struct, frozen=True):
-    """The root of a manifest; its logical hash is what the commit event vouches for."""
+    """The root of a manifest: its first line, of which the commit event holds the hash."""
 
     format: int
     checkpoint: str
     step: int
     parent: str | None
     metrics: dict[str, Any]
-    parts: list[RootPart]
+    parts: list[tuple[int, str]]
+    """(rank, BLAKE3 of the first line of the rank's part)."""
 
 
 class _LeafRow(msgspec.Struct, array_like=True, frozen=True):
@@ -96,16 +114,14 @@ class _TreePage(msgspec.Struct, frozen=True):
     leaves: list[_LeafRow]
 
 
-def content_of(logical: Logical) -> str:
-    """BLAKE3 over what a part holds."""
-    return blake3(msgspec.json.encode(logical)).hexdigest()
+def pack_halves(logical: Any, placement: Any) -> bytes:
+    """A document of two lines: what holds wherever the bytes lie, and where they lie now."""
+    return msgspec.json.encode(logical) + b"\n" + msgspec.json.encode(placement)
 
 
-def logical_of(root: Root) -> str:
-    """The Merkle root: BLAKE3 over everything but the placement."""
-    parts = [[part.rank, part.content] for part in root.parts]
-    body = [root.format, root.checkpoint, root.step, root.parent, root.metrics, parts]
-    return blake3(msgspec.json.encode(body)).hexdigest()
+def logical_hash(document: bytes) -> str:
+    """BLAKE3 of the first line: the half that is vouched for."""
+    return blake3(document.partition(b"\n")[0]).hexdigest()
 
 
 def tree_page(tree: Tree) -> bytes:
@@ -143,23 +159,42 @@ def parse_tree(tree: bytes, values: bytes, where: str) -> Tree:
 class PartView:
     """One rank's part, read and verified: its tree, how its leaves lie, the hash and the place of every chunk."""
 
-    part: Part
+    rank: int
+    placement: Placement
     tree: Tree
     layout: Layout
     hashes: np.ndarray[Any, Any]
     """BLAKE3 of every chunk, shape (chunks, 32), uint8."""
     spots: np.ndarray[Any, Any]
-    """SPOT per chunk, then per chunk that serves as a base only."""
+    """SPOT per chunk."""
+    bases: np.ndarray[Any, Any]
+    """SPOT per chunk that only serves as a base."""
+    base_hashes: np.ndarray[Any, Any]
+    _linked: dict[int, Spot] = field(default_factory=dict, repr=False, compare=False)
 
     def spot(self, index: int) -> Spot:
-        row = self.spots[index]
-        pack = int(row["pack"])
-        if pack >= len(self.part.packs):
+        """Where a chunk lies, with all that it leans on."""
+        return self._link(self.spots[index], self.hashes[index].tobytes())
+
+    def _link(self, row: np.void, hash: bytes) -> Spot:
+        pack, depth, base = int(row["pack"]), int(row["depth"]), int(row["base"])
+        if pack >= len(self.placement.packs):
             raise Damaged("a chunk points to a pack that its manifest does not list", do="run fsck")
+        if depth > DEPTH_MAX or (base == NO_BASE) != (depth == 0) or (depth and base >= len(self.bases)):
+            raise Damaged("a chunk leans on a base that its manifest does not list", do="run fsck")
         return Spot(
-            PackName(*self.part.packs[pack]), int(row["offset"]), int(row["length"]), int(row["codec"]),
-            int(row["depth"]), int(row["base"]),
+            PackName(*self.placement.packs[pack]), int(row["offset"]), int(row["length"]), int(row["codec"]), hash,
+            self._base(base, depth - 1) if depth else None,
         )  # fmt: skip
+
+    def _base(self, index: int, depth: int) -> Spot:
+        """Each base has one link less behind it than what leans on it: no chain has an end of its own in front."""
+        row = self.bases[index]
+        if int(row["depth"]) != depth:
+            raise Damaged("a chain of bases of another length than its manifest says", do="run fsck")
+        if index not in self._linked:
+            self._linked[index] = self._link(row, self.base_hashes[index].tobytes())
+        return self._linked[index]
 
 
 @dataclass(frozen=True)
@@ -183,18 +218,29 @@ def read_manifest(commit: Commit, fetch: Fetch, where: str) -> Manifest:
     Raises:
         Damaged: if anything in it is not what the commit event vouches for.
     """
-    root = parse_json(fetch([commit.root], where), Root, where)
+    document = fetch([commit.root], where)
+    root, parts = _halves(document, Root, list[Where], where)
     if root.format > FORMAT:
         raise NewerFormat(
             f"a checkpoint of format {root.format}; this everystep reads up to {FORMAT}",
             where=where,
             do="update everystep: pip install -U everystep",
         )
-    if logical_of(root) != commit.logical or (root.checkpoint, root.step) != (commit.id, commit.step):
+    told = (root.checkpoint, root.step, root.parent, root.metrics)
+    meant = (commit.id, commit.step, commit.parent, commit.metrics)
+    if logical_hash(document) != commit.logical or told != meant or len(parts) != len(root.parts):
         raise Damaged("the manifest is not the one that was committed", where=where, do="run fsck")
     here = PackName(commit.root.writer, commit.root.number)
-    views = tuple(_read_part(entry, here, fetch, f"{where} rank {entry.rank}") for entry in root.parts)
+    views = tuple(
+        _read_part(rank, content, settle(part, here), fetch, f"{where} rank {rank}")
+        for (rank, content), part in zip(root.parts, parts)
+    )
     return Manifest(root, views)
+
+
+def _halves(document: bytes, logical: type[T], placement: type[R], where: str) -> tuple[T, R]:
+    first, _, second = document.partition(b"\n")
+    return parse_json(first, logical, where), parse_json(second, placement, where)
 
 
 def settle(page: Where, here: PackName) -> Where:
@@ -202,30 +248,39 @@ def settle(page: Where, here: PackName) -> Where:
     return page if page.writer != HERE else msgspec.structs.replace(page, writer=here.writer, number=here.number)
 
 
-def _read_part(entry: RootPart, here: PackName, fetch: Fetch, where: str) -> PartView:
-    at = settle(entry.part, here)
-    part = parse_json(fetch([at], where), Part, where)
-    own = PackName(at.writer, at.number)
-    part = msgspec.structs.replace(
-        part, **{name: [settle(page, own) for page in getattr(part, name)] for name in _PAGES}
-    )
-    logical = part.logical
-    if content_of(logical) != entry.content or logical.rank != entry.rank:
+def settle_all(placement: Placement, here: PackName) -> Placement:
+    """A part's placement with every page's pack named."""
+    named = {name: [settle(page, here) for page in getattr(placement, name)] for name in _PAGES}
+    return msgspec.structs.replace(placement, **named)
+
+
+def _read_part(rank: int, content: str, at: Where, fetch: Fetch, where: str) -> PartView:
+    document = fetch([at], where)
+    logical, placement = _halves(document, Logical, Placement, where)
+    here = PackName(at.writer, at.number)
+    placement = settle_all(placement, here)
+    if logical_hash(document) != content or logical.rank != rank:
         raise Damaged("a part is not the one that was committed", where=where, do="run fsck")
-    for hashes, pages in (([logical.tree], part.tree), ([logical.values], part.values), (logical.chunks, part.chunks)):
-        if [page.blake3 for page in pages] != hashes:
+    promised = ([logical.tree], [logical.values], logical.chunks)
+    for meant, pages in zip(promised, (placement.tree, placement.values, placement.chunks)):
+        if [page.blake3 for page in pages] != meant:
             raise Damaged("a part's pages are not the ones that were committed", where=where, do="run fsck")
-    tree = parse_tree(fetch(part.tree, where), fetch(part.values, where), where)
+    tree = parse_tree(fetch(placement.tree, where), fetch(placement.values, where), where)
     _check_count(tree, logical, where)
     layout = lay_out(tree.leaves, logical.chunk_bytes_max, logical.small_leaf_bytes)
-    table = np.frombuffer(fetch(part.chunks, where), np.uint8)
-    spots = fetch(part.spots, where)
-    if len(layout.chunks) != logical.count or table.size != 32 * logical.count or len(spots) % SPOT.itemsize:
+    hashes, spots = _table(fetch, placement.chunks, placement.spots, where)
+    if not len(layout.chunks) == logical.count == len(spots):
         raise Damaged("a part lists more or fewer chunks than its leaves have", where=where, do="run fsck")
-    rows = np.frombuffer(spots, SPOT)
-    if len(rows) < logical.count:
-        raise Damaged("a part lacks the place of a chunk", where=where, do="run fsck")
-    return PartView(part, tree, layout, table.reshape(-1, 32), rows)
+    base_hashes, bases = _table(fetch, placement.base_hashes, placement.bases, where)
+    return PartView(rank, placement, tree, layout, hashes, spots, bases, base_hashes)
+
+
+def _table(fetch: Fetch, hashes: list[Where], spots: list[Where], where: str) -> tuple[Array, Array]:
+    """Hashes, shape (chunks, 32), and the spots of as many chunks."""
+    first, second = fetch(hashes, where), fetch(spots, where)
+    if len(first) * SPOT.itemsize != len(second) * HASH_BYTES or len(first) % HASH_BYTES:
+        raise Damaged("a part has other numbers of hashes and of places", where=where, do="run fsck")
+    return np.frombuffer(first, np.uint8).reshape(-1, HASH_BYTES), np.frombuffer(second, SPOT)
 
 
 def _check_count(tree: Tree, logical: Logical, where: str) -> None:
@@ -242,5 +297,5 @@ def pages(data: bytes, entry: int) -> Iterator[memoryview]:
     """A table cut into pages of PAGE_ENTRIES entries, so that pages that stand still can be shared."""
     view = memoryview(data)
     step = PAGE_ENTRIES * entry
-    for start in range(0, max(len(view), 1), step):
+    for start in range(0, len(view), step):
         yield view[start : start + step]

@@ -78,12 +78,14 @@ class Commit(msgspec.Struct, tag="commit", frozen=True):
 
 
 class Abandon(msgspec.Struct, tag="abandon", frozen=True):
-    """A save that was given up, and the ranks that did not deliver."""
+    """A save that ended without a checkpoint of its own: the ranks that did not deliver, or the checkpoint `instead` of
+    it that holds the same already."""
 
     nonce: str
     ordinal: int
     step: int
     missing: list[int]
+    instead: str | None = None
 
 
 class Retire(msgspec.Struct, tag="retire", frozen=True):

@@ -14,11 +14,12 @@ from everystep.errors import Damaged
 from everystep.seam import Pool
 from everystep.vault.history import Committed, History
 from everystep.vault.log import Log, OpenTerm
-from everystep.vault.manifest import NO_BASE, Manifest, PartView, Spot, read_manifest
+from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
 from everystep.vault.names import PackName, pack_key, run_folder
 from everystep.vault.place import Place
 from everystep.vault.record import Open, Where
 
+Array = np.ndarray[Any, Any]
 READ_BYTES_MAX = 16 << 20
 GAP_BYTES_MAX = 64 << 10
 PAGE_BYTES_MAX = 1 << 28
@@ -98,36 +99,40 @@ class RunVault:
             out += memoryview(data)
         return bytes(out)
 
-    def read_chunks(
-        self, view: PartView, indices: Sequence[int], pool: Pool
-    ) -> Iterator[list[tuple[int, np.ndarray[Any, Any]]]]:
+    def read_chunks(self, view: PartView, indices: Sequence[int], pool: Pool) -> Iterator[list[tuple[int, Array]]]:
         """Verified plain bytes of chunks, in groups that lie together and are read in one piece, in parallel."""
         spots = [(view.spot(index), index) for index in indices]
         groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset))))
         yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
 
-    def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, np.ndarray[Any, Any]]]:
-        first, last = group[0][0], max(spot.offset + spot.length for spot, _ in group)
-        key = pack_key(self.folder, first.pack)
-        stored = self.storage.get(key, first.offset, last)
-        out = []
-        for spot, index in group:
-            at = spot.offset - first.offset
-            data = _decode(stored[at : at + spot.length], spot, view.layout.chunks[index].nbytes)
-            if blake3(data).digest() != view.hashes[index].tobytes():
-                raise Damaged(
-                    f"chunk {index} is not what was saved",
-                    where=f"{self.storage.url}/{key} at {spot.offset}",
-                    do="run fsck to see which checkpoints are whole, and load one of them",
-                )
-            out.append((index, data))
-        return out
+    def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, Array]]:
+        plain = self._read_spots([(spot, view.layout.chunks[index].nbytes) for spot, index in group])
+        return [(index, data) for (_, index), data in zip(group, plain)]
 
+    def _read_spots(self, wanted: list[tuple[Spot, int]]) -> list[Array]:
+        """Verified plain bytes of chunks, given with their lengths; what they lean on is read and verified first."""
+        leaning = [(spot.base, nbytes) for spot, nbytes in wanted if spot.base is not None]
+        bases = iter(self._read_spots(leaning) if leaning else [])
+        based = [(spot, nbytes, next(bases) if spot.base is not None else None) for spot, nbytes in wanted]
+        order = sorted(range(len(based)), key=lambda i: (based[i][0].pack, based[i][0].offset))
+        out: dict[int, Array] = {}
+        for group in _coalesce([(based[i][0], i) for i in order]):
+            first, last = group[0][0], max(spot.offset + spot.length for spot, _ in group)
+            stored = self.storage.get(pack_key(self.folder, first.pack), first.offset, last)
+            for spot, i in group:
+                at = spot.offset - first.offset
+                out[i] = self._decode(stored[at : at + spot.length], *based[i])
+        return [out[i] for i in range(len(based))]
 
-def _decode(stored: memoryview, spot: Spot, nbytes: int) -> np.ndarray[Any, Any]:
-    if spot.base != NO_BASE or spot.depth:
-        raise Damaged("a chunk that leans on another, which this everystep cannot read", do="update everystep")
-    return codecs.decode(spot.codec, stored, nbytes)
+    def _decode(self, stored: memoryview, spot: Spot, nbytes: int, base: Array | None) -> Array:
+        data = codecs.decode(spot.codec, stored, nbytes, base)
+        if blake3(data).digest() != spot.hash:
+            raise Damaged(
+                "a chunk is not what was saved",
+                where=f"{self.storage.url}/{pack_key(self.folder, spot.pack)} at {spot.offset}",
+                do="run fsck to see which checkpoints are whole, and load one of them",
+            )
+        return data
 
 
 def _coalesce(spots: list[tuple[Spot, int]]) -> Iterator[list[tuple[Spot, int]]]:
