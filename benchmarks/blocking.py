@@ -14,7 +14,7 @@ from benchmarks import timing
 from benchmarks.peers import Peer, savers
 from benchmarks.peers.memcpy import Memcpy, MemcpyThreads
 from benchmarks.timing import Samples, Stopwatch
-from benchmarks.work import Training
+from benchmarks.work import Layers, Training
 
 OURS = "everystep"
 
@@ -68,7 +68,7 @@ def check(training: Training, peer: Peer) -> None:
 
 def run(mb: float, leaves: int, rounds: int, folder: str | None) -> tuple[Training, Samples]:
     with timing.scratch(folder) as place:
-        training = Training(mb, leaves)
+        training = Layers(mb, leaves)
         peers = savers(training, place)
         copies = [Memcpy(training), MemcpyThreads(training)]
         timing.say(f"{len(training.tensors())} tensors, {training.nbytes / 1e6:.0f} MB, {rounds} rounds")

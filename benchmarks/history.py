@@ -6,8 +6,9 @@ Every checkpoint is kept. Ours encodes each chunk against the previous checkpoin
 a row; a chunk that did not change is referenced. Differences of the others begin anew after 8, too. Sizes are stored
 bytes / raw bytes. Speeds are raw bytes per second of one thread's processor time.
 
-`order-0` is the entropy, chunk by chunk, of what is stored of those checkpoints that have a base: of the residual given
-the base's exponent or, where that is less, of the value alone. Codes that follow the parts of a leaf come below it.
+`ours, with a base` leaves out the chunks that start a row of differences. `order-0` is the entropy of the same chunks,
+one by one: of the residual given the base's exponent or, where that is less, of the value alone. Codes that follow the
+parts of a leaf, or runs, come below it.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def measure_ours(sequence: Sequence, role: str, count: int) -> Ours:
             found.raw += chunk.data.nbytes
             if base is not None and np.array_equal(base, chunk.data):
                 found.kinds["same"] = found.kinds.get("same", 0) + chunk.data.nbytes
+                found.raw_based += chunk.data.nbytes
                 continue
             depths[index] = _encode(found, chunk, base if depths[index] < DEPTH_MAX else None, depths[index])
         before = now

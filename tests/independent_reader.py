@@ -1,6 +1,7 @@
-"""Loads a checkpoint by docs/format.md alone: python tests/independent_reader.py REPO RUN [STEP]."""
+"""Loads the live checkpoints of a run by docs/format.md alone: python tests/independent_reader.py REPO RUN."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -13,11 +14,12 @@ import numpy as np
 import zstandard
 from blake3 import blake3
 
-FOREIGN = {f"torch.{sign}int{bits}": "|u1" for sign in ("", "u") for bits in range(1, 8)}
-FOREIGN |= {f"torch.{name}": "|u1" for name in ("float4_e2m1fn_x2", "bits1x8", "bits2x4", "bits4x2", "bits8")}
-FOREIGN |= {"torch.bits16": "<u2", "torch.complex32": [("real", "<f2"), ("imag", "<f2")]}
+LONG = "" if np.finfo("g").nmant == 63 else f":{np.finfo('g').nmant}"  # marks the long doubles of this machine
+NUMPY = re.compile(rf"\|(b1|[iu]1|[SV]\d+)|[<>]([iu][248]|f[248]|c8|c16|(f12|f16|c24|c32){LONG}|U\d+|[mM]8(\[\w+\])?)")
 ML = re.compile(r">?(bfloat16|b?complex32|float[468]_e\w+|u?int[124])")
-NUMPY = re.compile(r"\|(b1|[iu]1|[SV]\d+)|[<>]([iu][248]|f(2|4|8|12|16)|c(8|16|24|32)|U\d+|[mM]8(\[\w+\])?)")
+BYTE = re.compile(r"torch\.(u?int[1-7]|bits(8|1x8|2x4|4x2)|float4_e2m1fn_x2)")
+FOREIGN = {"torch.bits16": "<u2", "torch.complex32": [("real", "<f2"), ("imag", "<f2")]}
+TABLES = {"chunks": "32s", "spots": "<IQIBBI", "base_hashes": "32s", "bases": "<IQIBBI"}
 
 
 def check(truth, what):
@@ -25,110 +27,94 @@ def check(truth, what):
         raise ValueError(what)
 
 
-def body_of(path):
+def document(path):
     body, seal, rest = path.read_bytes().split(b"\n")
     check(seal == b"blake3 " + blake3(body).hexdigest().encode() and not rest, f"{path} is damaged")
-    return body
+    return body, json.loads(body)
 
 
 class Run:  # its log, folded
     def __init__(self, repo, name):
-        form = json.loads(body_of(Path(repo, "format.json")))
+        _, form = document(Path(repo, "format.json"))
         check((form["format"], form["version"], form["features"]) == ("everystep", 1, []), "another format")
         name = name.encode("utf-8", "surrogatepass")
-        folder = re.sub(rb"[^\w.-]|^\.", lambda found: b"%%%02X" % ord(found[0]), name).decode()
-        self.folder, self.commits, self.retired, self.attached = Path(repo, "runs", folder), {}, set(), {}
-        prev, term, settled = blake3(f"{form['id']} runs/{folder}/".encode()).hexdigest(), 0, set()
+        name = re.sub(rb"[^\w.-]|^\.", lambda found: b"%%%02X" % ord(found[0]), name).decode()
+        self.folder, self.commits, self.attached, retired, settled = Path(repo, "runs", name), {}, {}, {}, set()
+        prev, term = blake3(f"{form['id']} runs/{name}/".encode()).hexdigest(), 0
         for slot, path in enumerate(sorted(self.folder.glob("log/" + "[0-9]" * 20))):
-            body = body_of(path)
-            record = json.loads(body)
+            body, record = document(path)
             linked = (record["v"], record["seq"], record["prev"] or prev, path.name) == (1, slot, prev, f"{slot:020d}")
             check(linked, f"{path} does not continue the log")
             prev, term = blake3(body).hexdigest(), max(term, record["term"])
             for event in record["events"]:
-                save = event.get("nonce"), event.get("ordinal")
-                if event["type"] == "commit" and record["term"] == term and save not in settled:
-                    self.commits[event["id"]] = event
-                elif event["type"] == "retire":
-                    self.retired |= set(event["ids"])
-                elif event["type"] == "restore":
-                    self.retired -= set(event["ids"])
-                elif event["type"] == "attach":
+                kind, save = event["type"], (event.get("nonce"), event.get("ordinal"))
+                if kind == "commit" and record["term"] == term and save not in settled:
+                    self.commits.setdefault(event["id"], event)
+                elif kind in ("retire", "restore"):
+                    retired.update(dict.fromkeys(event["ids"], kind == "retire"))
+                elif kind == "attach":
                     self.attached[event["name"]] = event["where"]
-                settled |= {save} if event["type"] in ("commit", "abandon") else set()
-
-    def find(self, step=None):
-        """The newest live commit, or the newest of a step."""
-        found = [c for c in self.commits.values() if c["id"] not in self.retired and step in (None, c["step"])]
-        check(found, "no such checkpoint")
-        return found[-1]
+                settled |= {save} if kind in ("commit", "abandon") else set()
+        self.live = [commit for id, commit in self.commits.items() if not retired.get(id)]
 
     def read(self, where, here=("", 0), base=None):
         """The plain bytes of a page or chunk at [writer, number, offset, length, plain length, codec, BLAKE3]."""
-        writer, number = (where if where[0] else here)[:2]
-        with open(self.folder / "packs" / writer / str(number), "rb") as pack:
+        with self.folder.joinpath("packs", *map(str, (where if where[0] else here)[:2])).open("rb") as pack:
             pack.seek(where[2])
-            stored = pack.read(where[3])
-        decode = {0: lambda stored, nbytes: stored, 1: planes, 2: lambda *known: delta(base, *known)}[where[5]]
-        data = decode(stored, where[4])
-        intact = blake3(data).hexdigest() == where[6] and len(data) == where[4]
-        check(intact, f"{pack.name} is damaged at {where[2]}")
+            data = decode(where[5], pack.read(where[3]), where[4], base)
+        check(blake3(data).hexdigest() == where[6] and len(data) == where[4], f"{pack.name} is damaged at {where[2]}")
         return data
 
-    def attachment(self, name):
-        return b"".join(self.read(where) for where in self.attached[name])
+    def halves(self, promised, where, here=("", 0)):
+        """The two lines of a document, the first of which was promised."""
+        first, second = self.read(where, here).split(b"\n")
+        check(blake3(first).hexdigest() == promised, "not the document that was committed")
+        return json.loads(first), json.loads(second)
 
     def load(self, commit):
         """(state, path -> array) of a commit; the state holds the very objects of the mapping."""
-        body = self.read(commit["root"])
-        root, places = map(json.loads, body.split(b"\n"))
-        check(blake3(body.split(b"\n")[0]).hexdigest() == commit["logical"], "not the root that was committed")
+        root, places = self.halves(commit["logical"], commit["root"])
         same = all(root[key] == commit[key] for key in ("step", "parent", "metrics"))
         check(root["format"] == 1 and root["checkpoint"] == commit["id"] and same, "the root of another checkpoint")
         pieces, state = {}, {}
-        trees = [self.part(hash, at, commit["root"], pieces) for (_, hash), at in zip(root["parts"], places)]
+        trees = [self.part(*part, at, commit["root"], pieces) for part, at in zip(root["parts"], places, strict=True)]
         arrays = {path: whole(*found) for path, found in pieces.items()}
         for nodes, leaves, values in trees:
             state = merge(state, build(iter(nodes), [arrays[leaf[0]] for leaf in leaves], values))
         return state, arrays
 
-    def part(self, hash, where, here, pieces):
+    def part(self, rank, promised, where, here, pieces):
         """Adds what one rank holds to `pieces`; answers its tree."""
-        here, body = where if where[0] else here, self.read(where, here)
-        logical, part = map(json.loads, body.split(b"\n"))
-        check(blake3(body.split(b"\n")[0]).hexdigest() == hash, "not the part that was committed")
-        promised = [[logical["tree"]], [logical["values"]], logical["chunks"]]
-        check([[where[6] for where in part[k]] for k in ("tree", "values", "chunks")] == promised, "other pages")
-        names = ("tree", "values", "chunks", "spots", "base_hashes", "bases")
-        tree, values, hashes, spots, *bases = (b"".join(self.read(w, here) for w in part[k]) for k in names)
-        bases = list(zip(*map(struct.iter_unpack, ("32s", "<IQIBBI"), bases)))
-        nodes, leaves = json.loads(tree)["nodes"], json.loads(tree)["leaves"]
-        streams, regions, most = {}, [], logical["chunk_bytes_max"]
-        for leaf in leaves:
-            item = dtype_of(leaf[1]).itemsize
-            unit = most - most % item if 0 < item <= most else most
+        logical, places = self.halves(promised, where, here)
+        here, promised = where if where[0] else here, [[logical["tree"]], [logical["values"]], logical["chunks"]]
+        same = promised == [[page[6] for page in places[key]] for key in ("tree", "values", "chunks")]
+        check(logical["rank"] == rank and same, "the part of another checkpoint")
+        pages = {key: b"".join(self.read(page, here) for page in places[key]) for key in ("tree", "values", *TABLES)}
+        hashes, spots, *bases = (list(struct.iter_unpack(row, pages[key])) for key, row in TABLES.items())
+        chunks, bases = zip(hashes, spots, strict=True), list(zip(*bases, strict=True))
+        tree, streams = json.loads(pages["tree"]), {}
+        for leaf in tree["leaves"]:
+            item, unit = dtype_of(leaf[1]).itemsize, logical["chunk_bytes_max"]
+            unit -= unit % item if 0 < item <= unit else 0
             for box in leaf[5] or [[[0] * len(leaf[2]), leaf[2], False]]:
                 nbytes = math.prod(box[1]) * item
-                key = (leaf[3], leaf[1]) if nbytes < logical["small_leaf_bytes"] else len(regions)
-                stream = streams.setdefault(key, {"unit": unit, "nbytes": 0, "data": bytearray()})
-                regions.append((leaf, box, stream, stream["nbytes"], nbytes))
-                stream["nbytes"] += nbytes
-        chunks = zip(struct.iter_unpack("32s", hashes), struct.iter_unpack("<IQIBBI", spots))
-        for stream in streams.values():
-            for start in range(0, stream["nbytes"], stream["unit"]):
-                nbytes = min(stream["unit"], stream["nbytes"] - start)
-                stream["data"] += self.chunk(*next(chunks), nbytes, bases, part["packs"])
-        check(next(chunks, None) is None and len(hashes) == 32 * logical["count"], "a wrong number of chunks")
-        for leaf, box, stream, start, nbytes in regions:
-            held = pieces.setdefault(leaf[0], (leaf, {}))[1]
-            held.setdefault(str(box), (box, stream["data"][start : start + nbytes]))
-        return nodes, leaves, json.loads(values)
+                key = (leaf[3], leaf[1]) if nbytes < logical["small_leaf_bytes"] else len(streams)
+                streams.setdefault(key, (unit, []))[1].append((leaf, box, nbytes))
+        for unit, regions in streams.values():
+            data, total = io.BytesIO(), sum(nbytes for _, _, nbytes in regions)
+            for start in range(0, total, unit):
+                data.write(self.chunk(next(chunks), min(unit, total - start), bases, places["packs"]))
+            data.seek(0)
+            for leaf, box, nbytes in regions:
+                pieces.setdefault(leaf[0], (leaf, {}))[1].setdefault(str(box), (box, data.read(nbytes)))
+        check(next(chunks, None) is None and len(hashes) == logical["count"], "a wrong number of chunks")
+        return tree["nodes"], tree["leaves"], json.loads(pages["values"])
 
-    def chunk(self, digest, spot, nbytes, bases, packs):
-        pack, offset, length, codec, depth, base = *spot[:5], bases[spot[5]] if spot[4] else None
-        check(base is None or base[1][4] == depth - 1, "a chain of another length")
-        plain = self.chunk(*base, nbytes, bases, packs) if base else None
-        return self.read([*packs[pack], offset, length, nbytes, codec, digest[0].hex()], base=plain)
+    def chunk(self, row, nbytes, bases, packs):
+        (hash,), (pack, offset, length, codec, depth, base) = row
+        check(depth == 0 or (depth <= 64 and bases[base][1][4] == depth - 1), "a chain of another length")
+        plain = self.chunk(bases[base], nbytes, bases, packs) if depth else None
+        return self.read([*packs[pack], offset, length, nbytes, codec, hash.hex()], base=plain)
 
 
 def whole(leaf, held):
@@ -176,51 +162,39 @@ def dtype_of(name):
     if isinstance(node, dict):
         tables = {key: list(map(plain, node[key])) for key in ("names", "titles", "offsets")}
         tables |= {"formats": list(map(dtype_of, node["formats"])), "itemsize": node["itemsize"]}
-        built = np.dtype(tables, align=node["aligned"])
-        return np.dtype((np.record, built)) if node.get("record") else built
+        return np.dtype((np.record if node.get("record") else np.void, np.dtype(tables, align=node["aligned"])))
     if ML.fullmatch(node):
         return np.dtype(getattr(ml_dtypes, node.lstrip(">"))).newbyteorder(">" if node[0] == ">" else "=")
-    bare, _, bits = node.partition(":")
-    check(node in FOREIGN or NUMPY.fullmatch(bare), f"unknown element type {node}")
-    check(bare[1:] not in ("f12", "f16", "c24", "c32") or int(bits or 63) == np.finfo("g").nmant, "a long double")
-    return np.dtype(FOREIGN.get(node, bare))
+    check(node in FOREIGN or BYTE.fullmatch(node) or NUMPY.fullmatch(node), f"unknown element type {node}")
+    return np.dtype(FOREIGN.get(node, "u1" if BYTE.fullmatch(node) else node.partition(":")[0]))
 
 
-def planes(stored, nbytes):
-    (width, turned, number), at, rows = struct.unpack_from("<BBH", stored), 4, []
-    for _ in range(number):
-        how, size = struct.unpack_from("<BI", stored, at)
-        rows.append((how, stored[at + 5 : at + 5 + size]))
-        at += 5 + size
-    check(at == len(stored), "bytes left over")
-    words = joined(rows, nbytes, width)
-    return ((words >> 1) | (words << (8 * width - 1)) if turned else words).tobytes()
-
-
-def delta(base, stored, nbytes):
-    width, ordered, shift = stored[:3]
-    rows, at, top = [], 3 + 5 * width, 8 * width - 1
-    for how, size in struct.iter_unpack("<BI", stored[3:at]):
-        rows.append((how, stored[at : at + size]))
-        at += size
-    words, old = joined(rows, nbytes, width), np.frombuffer(base, f"<i{width}")
+def decode(codec, stored, nbytes, base):
+    """The plain bytes of 0 RAW, 1 PLANES and 2 DELTA."""
+    if codec == 0:
+        return stored
+    check(codec == 1 or (codec == 2 and base is not None), "an unknown codec, or no base")
+    file, rows = io.BytesIO(stored), []
+    width, ordered, shift = struct.unpack("<BBH" if codec == 1 else "<BBB", file.read(5 - codec))
+    count, top, most, zstd = nbytes // width, 8 * width - 1, (1 << (8 * width - 1)) - 1, zstandard.ZstdDecompressor()
+    forms = {0: bytes, 1: lambda row: zstd.stream_reader(row).read(count + 1), 2: lambda row: row * count}
+    heads = io.BytesIO(file.read(5 * width)) if codec == 2 else file  # in a delta they stand before all planes
+    for _ in range(width):
+        how, size = struct.unpack("<BI", heads.read(5))
+        rows.append(forms[how](file.read(size)))
+    check({len(row) * width for row in rows} == {nbytes} and not file.read(), "planes of another length")
+    words = np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
+    if codec == 1:
+        return ((words >> 1) | (words << top) if ordered else words).tobytes()
+    old = np.frombuffer(base, f"<i{width}")
     if shift < 255:  # grouped by the base's exponent
-        key = ((old.view(f"<u{width}") & ((1 << top) - 1)) >> shift).astype("u1")
+        key = ((old.view(f"<u{width}") & most) >> shift).astype("u1")
         grouped, words = words, np.empty_like(words)
         words[np.argsort(key, kind="stable")] = grouped
-    turn = (lambda x: x ^ ((x >> top) & ((1 << top) - 1))) if ordered else (lambda x: x)
+    turn = (lambda x: x ^ ((x >> top) & most)) if ordered else (lambda x: x)
     return turn(((words >> 1).view(f"<i{width}") ^ -(words & 1).view(f"<i{width}")) + turn(old)).tobytes()
 
 
-def joined(rows, nbytes, width):
-    count = nbytes // width
-    forms = {0: bytes, 1: lambda row: zstandard.ZstdDecompressor().decompress(row, count), 2: lambda row: row * count}
-    rows = [forms[how](row) for how, row in rows]
-    check({len(row) * width for row in rows} == {nbytes}, "planes of another length")
-    return np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
-
-
 if __name__ == "__main__":
-    run = Run(*sys.argv[1:3])
-    for path, array in sorted(run.load(run.find(*map(int, sys.argv[3:])))[1].items()):
-        print(path, np.asarray(array).dtype, np.shape(array), blake3(np.asarray(array).tobytes()).hexdigest())
+    run = Run(*sys.argv[1:])
+    print(*(run.load(commit)[1] for commit in run.live), sep="\n")

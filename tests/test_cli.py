@@ -471,6 +471,7 @@ def test_sessions_say_how_they_ended(tmp_path: Path) -> None:
     assert [session["ended"] for session in repo["shared"].sessions()] == [None], "this process lives"
     assert " · open" in lines_of(tmp_path, "log", "shared")[-1]
     with repo.run("shared", takeover=True) as second:
+        second.resume()
         second.save(2, state=[np.ones(2)]).wait()
     assert [session["ended"] for session in repo["shared"].sessions()] == ["taken over", "closed"]
     with pytest.raises(everystep.RunTakenOver):

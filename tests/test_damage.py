@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,8 +34,9 @@ ROUTES: dict[str, Callable[[everystep.PastRun], Any]] = {
 
 
 def state_of(step: int, salt: int = 0) -> dict[str, Any]:
-    """A frozen leaf, which the second checkpoint refers to, and one that moves."""
-    weights = np.arange(8, dtype=np.float32) * step + salt
+    """A frozen leaf, which the second checkpoint refers to, and one that moves a little: it leans on the first's."""
+    weights = np.random.default_rng(salt).normal(size=64).astype(np.float32)
+    weights[:step] += 1
     return {"frozen": np.arange(6.0) + salt, "weights": weights, "count": step}
 
 
@@ -104,6 +106,10 @@ def sound() -> Sound:
     past = Repository(place)["a"]
     made.ids = {route: ask(past).id for route, ask in ROUTES.items()}
     vault = RunVault(place, "a")
+    chunks = [
+        vault.manifest(commit).views[0].spot(index) for commit in vault.history().commits.values() for index in (0, 1)
+    ]
+    assert chunks[2] == chunks[0] and chunks[3].base == chunks[1], "no reference, or nothing that leans on a base"
     for commit in vault.history().commits.values():
         made.used[commit.event.step] = _used(vault, commit)
     assert sum(map(len, made.objects.values())) <= 8192
@@ -113,17 +119,18 @@ def sound() -> Sound:
 
 
 def _used(vault: RunVault, commit: Any) -> dict[str, set[int]]:
+    manifest = vault.manifest(commit)
+    (view,) = manifest.views
+    root = commit.event.root
+    part = json.loads(vault.read_pages([root], "").split(b"\n")[1])[0]
+    places = [(page.writer, page.number, page.offset, page.length) for page in (root, *view.placement.pages())]
+    places.append((part[0] or root.writer, part[1] if part[0] else root.number, *part[2:4]))
+    for index in range(len(view.layout.chunks)):
+        spot: Any = view.spot(index)
+        while spot is not None:
+            places.append((*spot.pack, spot.offset, spot.length))
+            spot = spot.base
     used: dict[str, set[int]] = {}
-    (view,) = vault.manifest(commit).views
-    part = view.part
-    spots = [view.spot(index) for index in range(len(view.layout.chunks))]
-    places = [(*spot.pack, spot.offset, spot.length) for spot in spots]
-    (entry,) = vault.manifest(commit).root.parts
-    for page in (commit.event.root, entry.part, *part.tree, *part.values, *part.chunks, *part.spots):
-        root = commit.event.root
-        places.append(
-            (page.writer or root.writer, page.number if page.writer else root.number, page.offset, page.length)
-        )
     for writer, number, offset, length in places:
         used.setdefault(f"{vault.folder}packs/{writer}/{number}", set()).update(range(offset, offset + length))
     return used
@@ -273,7 +280,7 @@ def test_every_length(shard: int) -> None:
         objects[key] = good
 
 
-@pytest.mark.parametrize("tail", [b"\0", b"\n", b"x" * 100, b"{}"])
+@pytest.mark.parametrize("tail", [b"\0", b"\n", b"x" * 100, b"{}"], ids=len)
 def test_bytes_too_many(tail: bytes) -> None:
     for key in sound().objects:
         objects = {**sound().objects, key: sound().objects[key] + tail}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from everystep.errors import Conflict, UsageError
+from everystep.metrics import number
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
-from everystep.metrics import number
 from everystep.schema import Leaf, paths_of
 from everystep.schema.plain import encode_metric
 from everystep.vault import Committed

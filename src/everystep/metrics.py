@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from everystep.errors import UsageError
 from everystep.schema.plain import encode_metric
 from everystep.vault.record import Series
@@ -17,15 +19,17 @@ class Recorded:
     def __init__(self, steps_max: int) -> None:
         self._rows: dict[int | None, dict[str, Any]] = {}
         self._steps_max = steps_max
-        self.dropped = 0
-        """Steps whose metrics were given up, because too many came without a save."""
+        self._dropped = False
 
-    def add(self, step: int | None, metrics: Mapping[str, Any]) -> None:
+    def add(self, step: int | None, metrics: Mapping[str, Any]) -> bool:
+        """Whether this is the first time since the last save that the oldest step was given up for it."""
         held = {name: hold(name, value) for name, value in metrics.items()}
-        if step not in self._rows and len(self._rows) >= self._steps_max:
+        full = step not in self._rows and len(self._rows) >= self._steps_max
+        if full:
             del self._rows[next(iter(self._rows))]
-            self.dropped += 1
         self._rows.setdefault(step, {}).update(held)
+        first, self._dropped = full and not self._dropped, full or self._dropped
+        return first
 
     def at(self, step: int) -> dict[str, Any]:
         """What was recorded at a step, and at none."""
@@ -35,7 +39,7 @@ class Recorded:
         """Everything, as plain values: (metrics of this step, metrics of other steps)."""
         own = _plain({**self._rows.pop(None, {}), **self._rows.pop(step, {}), **given})
         rows = {at: _plain(row) for at, row in self._rows.items() if at is not None}
-        self._rows, self.dropped = {}, 0
+        self._rows, self._dropped = {}, False
         return own, rows
 
 
@@ -62,7 +66,7 @@ def hold(name: str, value: Any) -> Any:
         raise _not_a_number(name, value)
     if callable(getattr(value, "detach", None)):
         return value.detach().clone()
-    return value.copy() if callable(getattr(value, "copy", None)) else value
+    return number(name, value) if isinstance(value, (np.generic, np.ndarray)) else value
 
 
 def number(name: str, value: Any) -> Any:

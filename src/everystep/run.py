@@ -19,18 +19,12 @@ from everystep.save.bases import Leaning
 from everystep.save.commit import check_fence
 from everystep.save.owner import join_run
 from everystep.save.part import Known
+from everystep.save.roles import with_roles
 from everystep.save.writer import Job
 from everystep.schema import LoadReport, Roled
 from everystep.schema.plain import decode, encode
 from everystep.vault import Committed, History, Place, Term
 from everystep.vault.record import Close, Config, Metrics
-
-_ROLES = {
-    "weights": ("model", "models", "params", "parameters", "weights", "w"),
-    "optimizer": ("optimizer", "optimizers", "opt", "optim", "opt_state", "optimizer_state"),
-    "rng": ("rng", "key", "keys", "seed", "prng"),
-}
-_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 
 
 class Run(PastRun):
@@ -69,6 +63,7 @@ class Run(PastRun):
         self._restored_position: dict[str, Any] = {}
         self._writer: Writer | None = None
         self._pid = place.seam.pid()
+        self._left: str | None = None
         self._forget_exit: Callable[[], None] = lambda: None
 
     def _find_place(self, place: Place, when_busy: str) -> tuple[int, int, str]:
@@ -128,8 +123,7 @@ class Run(PastRun):
 
     def record(self, *, step: int | None = None, **metrics: Any) -> None:
         """Metrics of this step (or of `step`); kept at once, converted to numbers at the next save."""
-        self._recorded.add(step if step is not None else self._step, metrics)
-        if self._recorded.dropped == 1:
+        if self._recorded.add(step if step is not None else self._step, metrics):
             limit = self._vault.settings.series_steps_max
             self._warn(f"metrics of more than {limit} steps without a save: the oldest are dropped from here on")
 
@@ -180,6 +174,7 @@ class Run(PastRun):
                 return Saved(step, None, None)
             writer.wait()
             writer.raise_failed()
+        self._warn_of_new_line(writer, step)
         taken = snapshot(self._capture(step, state), writer.arena, self._vault.settings)
         own, extra = self._take_metrics(step, metrics)
         if self._new_config:
@@ -189,12 +184,20 @@ class Run(PastRun):
         now = self._vault.seam.monotonic()
         return writer.submit(Job(step, taken, own, extra, attachments, reason, now - begun, now), self._by_id)
 
+    def _warn_of_new_line(self, writer: Writer, step: int) -> None:
+        latest = self._vault.log.history.latest
+        if writer.parent is None and latest is not None:
+            self._warn(
+                f"it goes up to step {latest.event.step}, and step {step} continues none of it: a new line begins "
+                "(resume() first, to go on from there)"
+            )
+
     def _capture(self, step: int, state: Any) -> dict[str, Any]:
         whole: dict[str, Any] = {
             name: adapters.capture(target, name, self._tracked) for name, target in self._tracked.items()
         }
         if state is not None:
-            whole[STATE] = _with_roles(state)
+            whole[STATE] = with_roles(state)
         if self._with_rng:
             whole[RNG] = Roled("rng", adapters.random_state())
         whole[LOOP] = Roled("rng", {**self._position(), "step": step})
@@ -294,6 +297,7 @@ class Run(PastRun):
         leaning = Leaning.of(self._vault.settings, drops=False, thins=False)
         author = f"{process.host}:{process.pid}"
         self._writer = Writer(self._vault, term, rank=self.rank, ranks=self.ranks, author=author, leaning=leaning)
+        self._writer.parent = self._left
         self._forget_exit = self._vault.seam.at_exit(self._at_exit)
         return self._writer
 
@@ -382,6 +386,7 @@ class Run(PastRun):
         if writer is None or self._vault.seam.pid() != self._pid:
             return
         writer.close()
+        self._left = writer.parent
         try:
             writer.raise_failed()
         finally:
@@ -476,13 +481,3 @@ class _Config(dict[str, Any]):
 
     def clear(self) -> None:
         del self["…"]
-
-
-def _with_roles(state: Any) -> Any:
-    """Top-level entries of an explicit state get their role from their name."""
-    if type(state) is not dict:
-        return state
-    return {
-        key: Roled(_ROLE_OF.get(key.lower(), "other") if isinstance(key, str) else "other", value)
-        for key, value in state.items()
-    }

@@ -234,6 +234,16 @@ class Writer:
         return id
 
     def _write(self, job: Job, draft: Draft) -> tuple[str, Stored]:
+        try:
+            return self._store(job, draft)
+        except RunTakenOver:
+            raise
+        except Error as error:
+            if self.rank == 0 and self.ranks > 1:
+                self._abandon(draft, error)
+            raise
+
+    def _store(self, job: Job, draft: Draft) -> tuple[str, Stored]:
         """Encode and store, then commit: alone, as the coordinator, or as one of many ranks."""
         clock = self._vault.seam.monotonic
         begun = clock()
@@ -246,7 +256,7 @@ class Writer:
             id = commits.await_settled(self._vault, self.term, draft)
             self._bases.take(job.snapshot, stored.spots, base)
             return id, stored
-        others = self._gather(draft) if self.ranks > 1 else []
+        others = commits.gather(self._vault, self.term, draft) if self.ranks > 1 else []
         content = "|".join([part.content, *(receipt.content for receipt in others)])
         before = self.term.steps.get(job.step)
         if before is not None and before[0] != content:
@@ -286,15 +296,13 @@ class Writer:
         commits.check_fence(history, self.term, self._vault.where)
         return events
 
-    def _gather(self, draft: Draft) -> list[commits.Receipt]:
+    def _abandon(self, draft: Draft, error: Error) -> None:
+        """Tells the other ranks that this save comes to nothing, whatever the reason: they need not wait for it."""
+        missing = list(error.missing) if isinstance(error, SaveAbandoned) else []
         try:
-            return commits.gather(self._vault, self.term, draft)
-        except RunTakenOver:
-            raise
-        except Error as error:
-            missing = list(error.missing) if isinstance(error, SaveAbandoned) else []
             commits.abandon(self._vault, self.term, draft, missing, self._author)
-            raise
+        except StorageError as other:
+            self.notices.append(f"step {draft.step}: the other ranks could not be told that it failed: {other.what}")
 
     def _append(self, decide: Callable[[Any], list[Any] | None], doubt: _Doubt | None = None) -> None:
         try:
