@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from everystep.errors import Conflict, UsageError
+from everystep.metrics import number
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
-from everystep.metrics import number
-from everystep.schema import Leaf, paths_of
+from everystep.schema import Leaf, Roled, paths_of
 from everystep.schema.plain import encode_metric
 from everystep.vault import Committed
 from everystep.vault.record import Metrics, Tag
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 STATE, RNG, LOOP = "state", "rng", "loop"
 RESERVED = (STATE, RNG, LOOP)
+_ROLES = {
+    "weights": ("model", "models", "params", "parameters", "weights", "w"),
+    "optimizer": ("optimizer", "optimizers", "opt", "optim", "opt_state", "optimizer_state"),
+    "rng": ("rng", "key", "keys", "seed", "prng"),
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 
 
 class Checkpoint:
@@ -71,6 +77,11 @@ class Checkpoint:
     @property
     def tags(self) -> list[str]:
         return sorted(name for name, id in self._run._history().tags.items() if id == self.id)
+
+    @property
+    def thin(self) -> bool:
+        """Whether its optimizer state has been dropped."""
+        return self.id in self._run._history().thin
 
     @property
     def cost(self) -> dict[str, float]:
@@ -231,3 +242,13 @@ def check_tag(name: str) -> None:
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )
+
+
+def with_roles(state: Any) -> Any:
+    """Top-level entries of an explicit state get their role from their name."""
+    if type(state) is not dict:
+        return state
+    return {
+        key: Roled(_ROLE_OF.get(key.lower(), "other") if isinstance(key, str) else "other", value)
+        for key, value in state.items()
+    }
