@@ -71,11 +71,9 @@ def bring_back(vault: RunVault, ids: Sequence[str], author: str) -> None:
         for id in ids:
             if id not in history.dropped:
                 raise NotFound(f"checkpoint {id} was not dropped", where=vault.where, do="there is nothing to undo")
-            if history.commits[id].needs() & history.condemned:
+            if not can_return(history, id):
                 step = history.commits[id].event.step
-                raise Conflict(
-                    f"step {step} has been freed", where=vault.where, do="it cannot be brought back any more"
-                )
+                raise Conflict(f"step {step} has been freed", where=vault.where, do="it is gone for good")
         return [Restore(list(ids))]
 
     vault.log.append(decide, author)
