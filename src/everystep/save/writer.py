@@ -238,7 +238,7 @@ class Writer:
             self.known, draft = Known(), replace(draft, id=self._vault.seam.token(8))
             id, stored = self._write(job, draft)
         except StorageFull:
-            if self.rank != 0 or not self._keeper.make_room():
+            if self.ranks > 1 or not self._keeper.make_room():
                 raise
             draft = replace(draft, id=self._vault.seam.token(8))
             id, stored = self._write(job, draft)
