@@ -40,7 +40,7 @@ def main(saves: int, state_mib: int) -> dict[str, Any]:
     for param in params:
         param.grad = torch.ones_like(param)
     storage = Measuring()
-    run = Repository(Place(storage, Seam(), Settings())).run("r").track(model=model, optimizer=optimizer)
+    run = Repository(Place(storage, Seam(), Settings(worth_ratio=float(sys.argv[3])))).run("r").track(model=model, optimizer=optimizer)
     process = psutil.Process()
     rows = []
     for step in range(1, saves + 1):

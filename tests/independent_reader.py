@@ -112,7 +112,7 @@ class Run:  # its log, folded
 
     def chunk(self, row, nbytes, bases, packs):
         (hash,), (pack, offset, length, codec, depth, base) = row
-        check(depth == 0 or (depth <= 64 and bases[base][1][4] == depth - 1), "a chain of another length")
+        check((depth, base) == (0, 0xFFFFFFFF) or (depth <= 64 and bases[base][1][4] == depth - 1), "another chain")
         plain = self.chunk(bases[base], nbytes, bases, packs) if depth else None
         return self.read([*packs[pack], offset, length, nbytes, codec, hash.hex()], base=plain)
 

@@ -399,7 +399,7 @@ def test_every_operation_of_a_load_fails(error: type[everystep.Error]) -> None:
     program.close()
     number, fired = 0, True
     while fired:
-        faulty = FaultyStorage(inner, number, lambda: error("it failed", where="here"), verbs=("get", "list", "size"))
+        faulty = FaultyStorage(inner, number, lambda: error("it failed", where="here"), verbs=("get", "list", "stat"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", everystep.DamageWarning)
             try:

@@ -17,7 +17,7 @@ SOURCE = Path(everystep.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 DOOR = {
     "__init__", "repository", "run", "past", "checkpoint",
-    "loop", "rules", "metrics", "environment",
+    "loop", "rules", "metrics", "environment", "config", "keeping",
 }  # fmt: skip
 
 # Law 1: a room may import the rooms on its line, and itself. `settings` and `errors` import nothing of ours.

@@ -23,12 +23,13 @@ from everystep.errors import (
 )
 from everystep.past import PastRun
 from everystep.repository import Repository, open
-from everystep.rules import Moment, Rule, best, every, when
+from everystep.rules import Moment, Rule, best, every, last, tagged, when, within
 from everystep.run import Run
 from everystep.save import Saved
 from everystep.schema import LoadReport, Part
 from everystep.settings import VERSION as __version__
 from everystep.settings import Settings
+from everystep.upkeep import Decision, Freed, Kept
 
 __all__ = [
     "Checkpoint",
@@ -36,9 +37,12 @@ __all__ = [
     "Conflict",
     "DamageWarning",
     "Damaged",
+    "Decision",
     "Error",
     "EverystepWarning",
     "ForeignRepository",
+    "Freed",
+    "Kept",
     "LoadReport",
     "Mismatch",
     "Moment",
@@ -62,6 +66,9 @@ __all__ = [
     "__version__",
     "best",
     "every",
+    "last",
     "open",
+    "tagged",
     "when",
+    "within",
 ]

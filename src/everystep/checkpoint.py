@@ -73,6 +73,11 @@ class Checkpoint:
         return sorted(name for name, id in self._run._history().tags.items() if id == self.id)
 
     @property
+    def thin(self) -> bool:
+        """Whether its optimizer state has been dropped."""
+        return self.id in self._run._history().thin
+
+    @property
     def cost(self) -> dict[str, float]:
         """Seconds of stall, queue, encode and write; bytes of the state, and bytes newly stored for it."""
         cost = self._commit.event.cost

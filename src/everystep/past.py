@@ -11,10 +11,12 @@ import msgspec
 
 from everystep.checkpoint import Checkpoint
 from everystep.errors import Damaged, DamageWarning, NotFound, UsageError
+from everystep.keeping import forget
 from everystep.restore import read_attachment
-from everystep.rules import better, mode_of
+from everystep.rules import Rule, better, check_rule, mode_of
 from everystep.schema import plain
 from everystep.seam import Process
+from everystep.upkeep import Decision, Freed, bring_back, can_return, collect
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
 
@@ -166,6 +168,58 @@ class PastRun:
         self.tagged(name)
         self._append(lambda history: [Tag(name, None)] if name in history.tags else None)
 
+    def forget(
+        self,
+        keep: Rule | None = None,
+        keep_full: Rule | None = None,
+        *,
+        dry_run: bool = False,
+        force: bool = False,
+        undo_seconds: float | None = None,
+    ) -> list[Decision]:
+        """Drops what `keep` does not name, thins to its weights what `keep_full` does not; with the reason for each.
+
+        The newest checkpoint and tagged ones always stay. What is dropped can be brought back with `undo()` for
+        `undo_seconds` (default: the setting of that name), and is freed by `prune()` after that.
+
+        Raises:
+            Conflict: if more than half would go, and `force` is not given.
+        """
+        window = self._vault.settings.undo_seconds if undo_seconds is None else undo_seconds
+        found = [check_rule(rule, "a rule of forget()") if rule is not None else None for rule in (keep, keep_full)]
+        return forget(self._vault, self._author(), *found, dry_run=dry_run, force=force, undo_seconds=window)
+
+    @property
+    def dropped(self) -> list[Checkpoint]:
+        """Checkpoints that were dropped or thinned and can be brought back, oldest first."""
+        history = self._history()
+        found = [history.commits[id] for id in history.commits if id in history.dropped]
+        return [self._checkpoint(commit) for commit in found if can_return(history, commit.event.id)]
+
+    def undo(self) -> list[Checkpoint]:
+        """Brings back what was dropped or thinned last, all of it.
+
+        Raises:
+            NotFound: if there is nothing that can be brought back.
+        """
+        history = self._history()
+        slots = {checkpoint.id: history.dropped[checkpoint.id].slot for checkpoint in self.dropped}
+        if not slots:
+            raise NotFound(
+                "nothing that was dropped can be brought back", where=self._vault.where, do="look at what is kept: log"
+            )
+        ids = [id for id, slot in slots.items() if slot == max(slots.values())]
+        bring_back(self._vault, ids, self._author())
+        return [self._checkpoint(history.commits[id]) for id in ids]
+
+    def prune(self, *, now: bool = False) -> Freed:
+        """Frees what nothing needs any more. Safe beside a process that is saving.
+
+        Args:
+            now: also what could still be brought back.
+        """
+        return collect(self._vault, self._author(), at_once=now)
+
     def note(self, text: str) -> None:
         """Adds a note to the run. Never takes it over."""
         self._append(lambda history: [Note(text)])
@@ -263,8 +317,11 @@ class PastRun:
 
     def _append(self, decide: Callable[[History], list[Any] | None]) -> None:
         """An event that needs no term: a tag, a note, a late metric."""
+        self._vault.log.append(decide, self._author())
+
+    def _author(self) -> str:
         process = self._vault.seam.process()
-        self._vault.log.append(decide, f"{process.host}:{process.pid}")
+        return f"{process.host}:{process.pid}"
 
     def _missing(self, history: History, what: str, near: Sequence[Any] = (), *, do: str = "") -> NotFound | Damaged:
         if history.damaged:

@@ -8,6 +8,7 @@ from typing import Any
 
 from everystep.errors import NotFound, UsageError
 from everystep.past import PastRun
+from everystep.rules import Rule
 from everystep.run import Run
 from everystep.seam import REAL, Seam
 from everystep.settings import DEFAULT, LIMITS, Settings
@@ -71,11 +72,18 @@ class Repository:
         rank: int | None = None,
         ranks: int | None = None,
         launch: str | None = None,
+        keep: Rule | None = None,
+        keep_full: Rule | None = None,
+        quota_bytes: int | None = None,
     ) -> Run:
         """A run to write. It is taken by `resume`, `steps`, `batches` or the first `save`, and created by the latter.
 
         Args:
             config: plain values kept with the run.
+            keep: which checkpoints stay: last(10) | best(3, "val_loss") | every(1000). The newest and tagged ones do
+                always. None keeps all.
+            keep_full: which of them also keep their optimizer state; None: all.
+            quota_bytes: a warning when the run holds more; what can still be undone is freed before.
             when_busy: what a save does while the one before is under way: "wait" for it, or "skip" itself.
             takeover: do not wait for an owner that may live; it is told at its next save.
             rank, ranks, launch: for several processes that save one checkpoint together; all give the same launch id.
@@ -90,6 +98,9 @@ class Repository:
             rank=rank,
             ranks=ranks,
             launch=launch,
+            keep=keep,
+            keep_full=keep_full,
+            quota_bytes=quota_bytes,
         )
 
     def check(self, *, data: bool = True, run: str | None = None, progress: Any = None) -> CheckReport:

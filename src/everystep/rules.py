@@ -1,15 +1,17 @@
-"""Rules that a user composes with `|`: when to save (and which way a metric is better)."""
+"""Rules that a user composes with `|`: when to save, what to keep (and which way a metric is better)."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from everystep.errors import UsageError
 from everystep.metrics import measure
+from everystep.upkeep import Kept
 
 _LOWER = {
     "loss", "error", "err", "perplexity", "ppl", "mse", "mae", "rmse", "mape", "nll", "wer", "cer", "fid", "bpc",
@@ -69,11 +71,15 @@ class Moment:
 
 
 class Rule:
-    """When to save. Rules are joined with `|`."""
+    """When to save, what to keep. Rules are joined with `|`."""
 
     def due(self, moment: Moment) -> str | None:
         """Why this moment should be saved; None if it need not."""
-        raise NotImplementedError
+        raise UsageError(f"{type(self).__name__.lower()}() says what to keep, not when to save", do="give it to keep=")
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        """id -> why it is kept, of live checkpoints, oldest first."""
+        raise UsageError(f"{type(self).__name__.lower()}() does not say what to keep", do="give it to save_on=")
 
     def metrics(self) -> dict[str, str]:
         """metric -> mode, of what the rule wants to know the best of."""
@@ -90,6 +96,13 @@ class AnyOf(Rule):
     def due(self, moment: Moment) -> str | None:
         reasons = [reason for rule in self.rules if (reason := rule.due(moment)) is not None]
         return ", ".join(reasons) or None
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for rule in self.rules:
+            for id, reason in rule.keeps(kept).items():
+                found[id] = f"{found[id]}, {reason}" if id in found else reason
+        return found
 
     def metrics(self) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -117,13 +130,30 @@ class Every(Rule):
             return f"every {self.seconds:g} seconds"
         return None
 
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        """Steps that are multiples; and of each span of time, the first."""
+        if self.epochs is not None:
+            raise UsageError(
+                "every(epochs=…) says when to save, not what to keep", do="every(steps) or every(seconds=…)"
+            )
+        found = {}
+        span = None
+        for one in kept:
+            if self.steps is not None and one.step % self.steps == 0:
+                found[one.id] = f"every {self.steps} steps"
+            if self.seconds is not None and one.time // self.seconds != span:
+                found[one.id] = f"every {self.seconds:g} seconds"
+                span = one.time // self.seconds
+        return found
+
 
 @dataclass
 class Best(Rule):
-    """At each new best of a metric."""
+    """At each new best of a metric; the `count` best are kept."""
 
     metric: str
     mode: str
+    count: int = 1
 
     def due(self, moment: Moment) -> str | None:
         if self.metric not in moment.metrics:
@@ -135,15 +165,61 @@ class Best(Rule):
     def metrics(self) -> dict[str, str]:
         return {self.metric: self.mode}
 
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        sign = 1 if self.mode == "min" else -1
+        values = [_order(one.metrics.get(self.metric)) for one in kept]
+        ranked = sorted((sign * value, i) for i, value in enumerate(values) if value is not None)
+        return {kept[i].id: f"best {self.metric}, no. {n}" for n, (_, i) in enumerate(ranked[: self.count], 1)}
+
 
 @dataclass
 class When(Rule):
     """Whenever the user's function says so."""
 
-    function: Callable[[Moment], Any]
+    function: Callable[[Any], Any]
 
     def due(self, moment: Moment) -> str | None:
         return "as your function said" if self.function(moment) else None
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        return {one.id: "as your function said" for one in kept if self.function(one)}
+
+
+@dataclass
+class Last(Rule):
+    """The newest ones."""
+
+    count: int
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        return {one.id: f"last {self.count}" for one in kept[-self.count :]}
+
+
+@dataclass
+class Within(Rule):
+    """Saved within this time before the newest."""
+
+    seconds: float
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        newest = max((one.time for one in kept), default=0.0)
+        return {one.id: f"within {self.seconds:g} s" for one in kept if newest - one.time <= self.seconds}
+
+
+@dataclass
+class Tagged(Rule):
+    """With a tag that matches a pattern."""
+
+    pattern: str
+
+    def keeps(self, kept: Sequence[Kept]) -> dict[str, str]:
+        found = {one.id: [tag for tag in one.tags if fnmatchcase(tag, self.pattern)] for one in kept}
+        return {id: f"tagged {tags[0]}" for id, tags in found.items() if tags}
+
+
+def _order(value: Any) -> float | None:
+    """A metric as a number that can be ranked; None for NaN and what is no number."""
+    return float(value) if isinstance(value, (int, float)) and not math.isnan(value) else None
 
 
 def every(steps: int | None = None, *, epochs: int | None = None, seconds: float | None = None) -> Rule:
@@ -162,13 +238,48 @@ def every(steps: int | None = None, *, epochs: int | None = None, seconds: float
     return Every(steps, epochs, seconds)
 
 
-def best(metric: str, mode: str | None = None) -> Rule:
-    """At each new best of a metric; `mode` is "min" or "max", needed where the name does not tell."""
-    return Best(metric, mode_of(metric, mode))
+def best(count: int | str, metric: str | None = None, mode: str | None = None) -> Rule:
+    """Saves at each new best of a metric; keeps the best one, or the `count` best.
+
+    `best("val_loss")`, `best(3, "val_loss")`, `best("size", mode="min")`: `mode` is "min" or "max", and needed where
+    the metric's name does not tell.
+    """
+    if isinstance(count, str):
+        return Best(count, mode_of(count, mode or metric))
+    if metric is None:
+        raise UsageError("best() needs a metric", do='best("val_loss") or best(3, "val_loss")')
+    return Best(metric, mode_of(metric, mode), _count(count, "best"))
 
 
-def when(function: Callable[[Moment], Any]) -> Rule:
-    """Whenever `function(moment)` is true; see `Moment` for what it is given."""
+def last(count: int) -> Rule:
+    """Keeps the newest checkpoints."""
+    return Last(_count(count, "last"))
+
+
+def within(*, days: float = 0, hours: float = 0, seconds: float = 0) -> Rule:
+    """Keeps what was saved within this time before the newest checkpoint."""
+    total = 86400 * days + 3600 * hours + seconds
+    if not total > 0:
+        raise UsageError("within() needs a time", do="within(days=7) or within(hours=12)")
+    return Within(total)
+
+
+def tagged(pattern: str = "*") -> Rule:
+    """Keeps what has a tag that matches a pattern; tags hold their checkpoints anyway, but not in full."""
+    return Tagged(pattern)
+
+
+def _count(count: Any, name: str) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise UsageError(f"{name}({count!r}): how many is a positive number", do=f"{name}(3)" if name == "last" else "")
+    return count
+
+
+def when(function: Callable[[Any], Any]) -> Rule:
+    """Whenever `function(moment)` is true; as a rule of what to keep, what `function(kept)` is true for.
+
+    See `Moment` and `Kept` for what it is given.
+    """
     if not callable(function):
         raise UsageError(f"when({function!r}): not a function", do="when(lambda moment: moment.step in (10, 100))")
     return When(function)

@@ -8,8 +8,10 @@ from typing import Any
 
 from everystep import adapters, rules
 from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
+from everystep.config import RunConfig
 from everystep.environment import differences, fingerprint, launch_id
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
+from everystep.keeping import Keeper
 from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
 from everystep.past import PastRun
@@ -22,7 +24,7 @@ from everystep.save.part import Known
 from everystep.save.roles import with_roles
 from everystep.save.writer import Job
 from everystep.schema import LoadReport, Roled
-from everystep.schema.plain import decode, encode
+from everystep.schema.plain import encode
 from everystep.vault import Committed, History, Place, Term
 from everystep.vault.record import Close, Config, Metrics
 
@@ -41,8 +43,15 @@ class Run(PastRun):
         rank: int | None,
         ranks: int | None,
         launch: str | None,
+        keep: rules.Rule | None,
+        keep_full: rules.Rule | None,
+        quota_bytes: int | None,
     ) -> None:
         super().__init__(place, name)
+        self._rules = [
+            rules.check_rule(r, n) if r is not None else None for r, n in ((keep, "keep="), (keep_full, "keep_full="))
+        ]
+        self._quota_bytes = quota_bytes
         if when_busy not in ("wait", "skip"):
             raise UsageError(f"when_busy={when_busy!r} is not known", do='"wait" or "skip"')
         self._asked = (rank, ranks, launch)
@@ -110,9 +119,9 @@ class Run(PastRun):
         return self
 
     @property
-    def config(self) -> _Config:
+    def config(self) -> RunConfig:
         """The run's configuration: a dict of plain values; what is set travels with the next save."""
-        return _Config(super().config, self._new_config)
+        return RunConfig(super().config, self._new_config)
 
     def attach(self, name: str, data: bytes) -> Run:
         """Keeps a file with the run (an architecture, a tokenizer); it travels with the next save."""
@@ -242,7 +251,7 @@ class Run(PastRun):
             self._warn_damaged(
                 f"records {history.damage_behind_latest} of the log cannot be read; a newer checkpoint may be lost"
             )
-        line = history.line()
+        line = [commit for commit in history.line() if commit.event.id not in history.thin]
         for commit in reversed(line):
             try:
                 return self._resume_from(writer, commit, strict)
@@ -294,9 +303,17 @@ class Run(PastRun):
         self.rank, self.ranks, self._launch = self._find_place(self._vault.place, self._when_busy)
         term = self._take_term()
         process = self._vault.seam.process()
-        leaning = Leaning.of(self._vault.settings, drops=False, thins=False)
+        keep, keep_full = self._rules
         author = f"{process.host}:{process.pid}"
-        self._writer = Writer(self._vault, term, rank=self.rank, ranks=self.ranks, author=author, leaning=leaning)
+        leaning = Leaning.of(self._vault.settings, drops=keep is not None, thins=keep_full is not None)
+
+        def fence(history: History) -> None:
+            check_fence(history, term, self._vault.where)
+
+        self._writer = Writer(
+            self._vault, term, rank=self.rank, ranks=self.ranks, author=author, leaning=leaning,
+            keeper=Keeper(self._vault, author, fence, keep, keep_full, self._quota_bytes),
+        )  # fmt: skip
         self._writer.parent = self._left
         self._forget_exit = self._vault.seam.at_exit(self._at_exit)
         return self._writer
@@ -444,40 +461,3 @@ class Run(PastRun):
 
     def _warn_damaged(self, text: str) -> None:
         warnings.warn(f"run {self.name!r}: {text}", DamageWarning, stacklevel=3)
-
-
-class _Config(dict[str, Any]):
-    """The configuration as it is; what is set goes into the next record. Nothing can be taken out."""
-
-    def __init__(self, stored: dict[str, Any], new: dict[str, Any]) -> None:
-        super().__init__({**stored, **{name: decode(value) for name, value in new.items()}})
-        self._new = new
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self._new[name] = encode(value, f"config {name}")
-        super().__setitem__(name, value)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for name, value in dict(*args, **kwargs).items():
-            self[name] = value
-
-    def __ior__(self, other: Any) -> Any:  # type: ignore[misc]
-        self.update(other)
-        return self
-
-    def setdefault(self, name: str, default: Any = None) -> Any:
-        if name not in self:
-            self[name] = default
-        return self[name]
-
-    def __delitem__(self, name: str) -> None:
-        raise UsageError(f"config {name!r} stays: a run's configuration only grows", do="set it to None")
-
-    def pop(self, name: str, *default: Any) -> Any:
-        del self[name]
-
-    def popitem(self) -> Any:
-        del self["…"]
-
-    def clear(self) -> None:
-        del self["…"]

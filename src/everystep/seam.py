@@ -68,6 +68,14 @@ class Files:
     def size(self, path: str) -> int:
         return os.stat(path).st_size
 
+    def modified(self, path: str) -> float:
+        return os.stat(path).st_mtime
+
+    def free(self, path: str) -> int:
+        """Bytes that this process may still write there."""
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+
     def is_folder(self, path: str) -> bool:
         return os.path.isdir(path)
 

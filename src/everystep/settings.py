@@ -45,6 +45,10 @@ class Settings:
     base_memory_bytes_max: int = 16 << 30
     """A state larger than this is not kept in memory as a base: its saves cost more bytes, and less memory."""
 
+    undo_seconds: float = 7 * 86400.0
+    """How long what `forget` drops can be brought back, by the store's own clock. What a run's own `keep=` drops is
+    freed at once: that the disk does not fill is why the rule was given."""
+
     workers: int = 2
     """Threads that encode and decode. On CPU-only training they contend with the training itself."""
 
@@ -72,7 +76,7 @@ DEFAULT = Settings()
 LIMITS: dict[str, tuple[float, float]] = {
     "chunk_bytes_max": (4096, 1 << 30), "small_leaf_bytes": (0, 1 << 62), "pack_bytes_max": (1, 1 << 40),
     "base_ratio": (0, 1), "base_depth_max": (0, 60), "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
-    "base_memory_bytes_max": (0, 1 << 62),
+    "undo_seconds": (0, float("inf")), "base_memory_bytes_max": (0, 1 << 62),
     "zstd_level": (1, 22), "sample_bytes": (0, 1 << 30), "worth_ratio": (0, 1), "workers": (1, 1024),
     "put_attempts": (1, 1000), "retry_seconds": (0, 3600), "takeover_seconds": (0, float("inf")),
     "rank_deadline_seconds": (0, float("inf")), "poll_seconds": (0, 3600), "series_steps_max": (1, 1 << 40),

@@ -13,18 +13,19 @@ from everystep import adapters
 from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import CheckpointRetired, Damaged, ObjectMissing, UsageError
 from everystep.restore.fetch import Progress, fetch_leaves
-from everystep.schema import Composite, Leaf, Tree, paths_of, select, unflatten
+from everystep.schema import Composite, Leaf, Tree, paths_of, select, unflatten, without
 from everystep.vault import Committed, Manifest, RunVault
 from everystep.vault.record import Attach
 
 LIKES = ("numpy", "torch", "saved")
+OPTIMIZER = "optimizer"
 
 
 class Opened:
     """A checkpoint whose manifest has been read and verified; chunks are read as they are asked for."""
 
-    def __init__(self, vault: RunVault, commit: Committed, manifest: Manifest) -> None:
-        self._vault, self._commit, self.manifest = vault, commit, manifest
+    def __init__(self, vault: RunVault, commit: Committed, manifest: Manifest, *, thin: bool = False) -> None:
+        self._vault, self._commit, self.manifest, self.thin = vault, commit, manifest, thin
 
     @property
     def tree(self) -> Tree:
@@ -34,11 +35,14 @@ class Opened:
     def of_rank(self, rank: int) -> Opened | None:
         """What one rank saved, and that alone; None if there was no such rank."""
         views = tuple(view for view in self.manifest.views if view.rank == rank)
-        return Opened(self._vault, self._commit, replace(self.manifest, views=views)) if views else None
+        if not views:
+            return None
+        return Opened(self._vault, self._commit, replace(self.manifest, views=views), thin=self.thin)
 
     def names(self) -> list[str]:
-        """The top-level names of the state."""
-        return [path for path, _, _ in paths_of(self.tree) if path and "/" not in path]
+        """The top-level names of the state, as far as it is still there."""
+        tree = without(self.tree, "", _is_optimizer, ("", "state")) if self.thin else self.tree
+        return [path for path, _, _ in paths_of(tree) if path and "/" not in path] if tree is not None else []
 
     def build(
         self,
@@ -75,7 +79,7 @@ class Opened:
         total = 0
         with self._open_pool() as pool, _blame(self._vault, self._commit):
             for view in self.manifest.views:
-                for group in self._vault.read_chunks(view, range(len(view.layout.chunks)), pool):
+                for group in self._vault.read_chunks(view, view.there(thin=self.thin), pool):
                     nbytes = sum(data.nbytes for _, data in group)
                     total += nbytes
                     if progress is not None:
@@ -83,9 +87,20 @@ class Opened:
         return total
 
     def _trees(self, path: str) -> list[Tree]:
-        """The part under a path, of every rank that has one."""
+        """The part under a path, of every rank that has one, as far as it is still there."""
         having = [view.tree for view in self.manifest.views if any(name == path for name, _, _ in paths_of(view.tree))]
-        return [select(tree, path) for tree in having] or [select(self.tree, path)]
+        trees = [select(tree, path) for tree in having] or [select(self.tree, path)]
+        if not self.thin:
+            return trees
+        kept = [without(tree, path, _is_optimizer, ("", "state")) for tree in trees]
+        found = [tree for tree in kept if tree is not None]
+        if not found:
+            raise CheckpointRetired(
+                f"step {self._commit.event.step} has been thinned: its optimizer state is gone",
+                where=path or self._vault.where,
+                do='load its weights, for example only="model"; the newest checkpoint is kept in full',
+            )
+        return found
 
     @contextmanager
     def _open_pool(self) -> Iterator[Any]:
@@ -96,6 +111,10 @@ class Opened:
             pool.close()
 
 
+def _is_optimizer(leaf: Leaf) -> bool:
+    return leaf.role == OPTIMIZER
+
+
 def open_checkpoint(vault: RunVault, commit: Committed) -> Opened:
     """Reads and verifies a checkpoint's manifest.
 
@@ -103,7 +122,7 @@ def open_checkpoint(vault: RunVault, commit: Committed) -> Opened:
         CheckpointRetired, Damaged: accordingly.
     """
     with _blame(vault, commit):
-        return Opened(vault, commit, vault.manifest(commit))
+        return Opened(vault, commit, vault.manifest(commit), thin=commit.event.id in vault.history().thin)
 
 
 def read_attachment(vault: RunVault, attached: Attach) -> bytes:

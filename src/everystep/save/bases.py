@@ -1,20 +1,23 @@
-"""What a save leans on: the snapshot of an earlier checkpoint, kept in memory, against which chunks are encoded."""
+"""What a save leans on: an earlier checkpoint, in memory or in the store, against which chunks are encoded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
+from everystep.errors import Error
 from everystep.save.snapshot import Arena, Snapshot
+from everystep.schema import Layout
 from everystep.seam import Pool
 from everystep.settings import Settings
 from everystep.vault import Spot
 
 Array = np.ndarray[Any, Any]
+Read = Callable[[Spot, int], Array]
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class Leaning:
     """Which roles may lean on a base, and how much smaller that must be; a role that is not named stands alone.
 
     A base must outlive what leans on it. Where everything is kept, each checkpoint leans on the one before it, in
-    chains of bounded depth. Where rules drop, all lean on the newest anchor: a survivor pins one more, and not a group.
+    chains of bounded depth, and the first of a chain on the first of the chain before. Where rules drop, all lean on
+    the newest anchor: a survivor pins one more, and not a group.
     """
 
     ratios: Mapping[str, float] = field(default_factory=dict)
@@ -37,56 +41,83 @@ class Leaning:
 
 
 @dataclass(frozen=True)
+class Form:
+    """How leaves lie in chunks: of two states of one form, chunks of equal number hold the same elements."""
+
+    layout: Layout
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(snapshot: Snapshot) -> Form:
+        return Form(snapshot.layout, tuple((leaf.path, leaf.shape) for leaf in snapshot.tree.leaves))
+
+
+@dataclass(frozen=True)
 class Base:
-    """An earlier state in memory, and where each of its chunks lies."""
+    """An earlier state, and where each of its chunks lies; `data` is what reads a chunk of it."""
 
-    snapshot: Snapshot
+    form: Form
     spots: list[Spot]
-
-    def fits(self, snapshot: Snapshot) -> bool:
-        """Whether chunks of equal number hold the same elements of the same leaves."""
-        return self.snapshot.layout == snapshot.layout and [
-            (leaf.path, leaf.shape) for leaf in self.snapshot.tree.leaves
-        ] == [(leaf.path, leaf.shape) for leaf in snapshot.tree.leaves]
+    read: Read | None
+    """From the store, verified; None for a snapshot that is still in memory."""
+    snapshot: Snapshot | None = None
 
     def chunk(self, index: int, depth_max: int) -> tuple[Spot, Array] | None:
         """A chunk that can serve as a base, if its chain is not too long and its bytes are still what was stored."""
-        spot, data = self.spots[index], self.snapshot.chunk(index)
-        return (spot, data) if spot.depth < depth_max and blake3(data).digest() == spot.hash else None
+        spot = self.spots[index]
+        if spot.depth >= depth_max:
+            return None
+        if self.snapshot is not None:
+            data = self.snapshot.chunk(index)
+            return (spot, data) if blake3(data).digest() == spot.hash else None
+        assert self.read is not None
+        try:
+            return spot, self.read(spot, self.form.layout.chunks[index].nbytes)
+        except Error:
+            return None  # what cannot be read is no base: the chunk stands alone, and a load of the other says why
 
 
 class Bases:
     """Two arenas that take turns: one holds the base, the other takes the next snapshot."""
 
-    def __init__(self, leaning: Leaning, settings: Settings, pool: Pool) -> None:
+    def __init__(self, leaning: Leaning, settings: Settings, pool: Pool, read: Read) -> None:
         self.leaning = leaning
-        self.base: Base | None = None
-        self._settings = settings
+        self._settings, self._read = settings, read
         self._arenas = [Arena(pool), Arena(pool)]
-        self._leaned = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing to lean on: the next save stands alone."""
+        self._base: Base | None = None
+        self._first: Base | None = None
+        self._since = 0
+        self._chains = 0
 
     @property
     def arena(self) -> Arena:
         """Where the next snapshot goes: not where the base lies."""
-        held = self.base.snapshot.data if self.base is not None else None
-        return self._arenas[1] if held is not None and self._arenas[0].holds(held) else self._arenas[0]
+        held = self._base.snapshot if self._base is not None else None
+        return self._arenas[1] if held is not None and self._arenas[0].holds(held.data) else self._arenas[0]
 
     def offer(self, snapshot: Snapshot) -> Base | None:
-        """What a save may lean on; None where it must stand alone, as an anchor does."""
-        if self.base is None or not self.base.fits(snapshot):
+        """What a save may lean on; None where it must stand alone."""
+        if self._base is None or self._base.form != Form.of(snapshot):
             return None
-        due = self.leaning.anchored and self._leaned + 1 >= self._settings.anchor_every
-        return None if due else self.base
+        if self.leaning.anchored:
+            return self._base if self._since + 1 < self._settings.anchor_every else None
+        if self._chains + self._since < self._settings.base_depth_max:
+            return self._base
+        return self._first if self._chains + 1 < self._settings.base_depth_max else None
 
     def take(self, snapshot: Snapshot, spots: list[Spot], offered: Base | None) -> None:
         """A checkpoint has become durable: is it what the next leans on?"""
         if not self.leaning.ratios or snapshot.layout.nbytes > self._settings.base_memory_bytes_max:
-            self.base = None
-        elif offered is None or not self.leaning.anchored:
-            self.base, self._leaned = Base(snapshot, spots), 0
-        else:
-            self._leaned += 1
-
-    def forget(self) -> None:
-        """Nothing to lean on: the next save stands alone."""
-        self.base = None
+            self.forget()
+            return
+        starts = offered is None or (offered is self._first and offered is not self._base)
+        if starts:
+            self._chains = 0 if offered is None else self._chains + 1
+            self._first = Base(Form.of(snapshot), spots, self._read)
+        self._since = 0 if starts else self._since + 1
+        if starts or not self.leaning.anchored:
+            self._base = Base(Form.of(snapshot), spots, None, snapshot)

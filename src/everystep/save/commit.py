@@ -36,6 +36,7 @@ class Receipt(msgspec.Struct, frozen=True):
     content: str
     part: Where
     needs: list[tuple[str, int]]
+    optimizer: list[tuple[str, int]]
     new: list[tuple[str, int, int]]
     raw_bytes: int
     changed: bool
@@ -77,7 +78,8 @@ def put_receipt(vault: RunVault, term: Term, draft: Draft, rank: int, stored: St
     new = [(name.writer, name.number, length) for name, length in stored.new]
     receipt = Receipt(
         term.nonce, draft.ordinal, draft.step, rank, stored.content, stored.where,
-        [(name.writer, name.number) for name in sorted(stored.needs)], new,
+        [(name.writer, name.number) for name in sorted(stored.needs)],
+        [(name.writer, name.number) for name in sorted(stored.optimizer)], new,
         stored.raw_bytes, stored.changed,
     )  # fmt: skip
     key = receipt_key(vault.folder, term.number, rank, draft.ordinal)
@@ -148,7 +150,7 @@ def _receipt(vault: RunVault, term: Term, draft: Draft, rank: int) -> Receipt | 
 
 def _check_pack(vault: RunVault, pack: PackName, length: int, rank: int) -> None:
     key = pack_key(vault.folder, pack)
-    if vault.storage.size(key) != length:
+    if vault.storage.stat(key).nbytes != length:
         raise Damaged(f"a pack of rank {rank} has another length", where=f"{vault.storage.url}/{key}", do="save again")
 
 
@@ -167,10 +169,19 @@ def commit_event(
 ) -> Commit:
     needs = set(stored.needs) | {PackName(root.writer, root.number)}
     needs.update(PackName(*name) for receipt in others for name in receipt.needs)
+    optimizer = _shared_by_none(stored, others) - {PackName(root.writer, root.number)}
     return Commit(
         draft.id, draft.step, draft.parent, root, logical, draft.metrics, roll_up(needs), term.nonce, draft.ordinal,
-        cost, draft.ranks, draft.reason,
+        cost, draft.ranks, draft.reason, roll_up(optimizer),
     )  # fmt: skip
+
+
+def _shared_by_none(stored: Stored, others: list[Receipt]) -> set[PackName]:
+    """Packs that only the optimizer state of all ranks leans on."""
+    pairs = [(stored.needs, stored.optimizer)]
+    pairs += [({PackName(*n) for n in r.needs}, {PackName(*n) for n in r.optimizer}) for r in others]
+    rest = {name for needs, optimizer in pairs for name in needs - optimizer}
+    return {name for _, optimizer in pairs for name in optimizer} - rest
 
 
 def decide_commit(history: History, term: Term, commit: Commit, extra: list[Any], where: str) -> list[Any] | None:

@@ -64,6 +64,8 @@ class Stored:
     content: str
     where: Where
     needs: set[PackName]
+    optimizer: set[PackName]
+    """Those of `needs` that nothing but the optimizer state leans on."""
     new: list[tuple[PackName, int]]
     raw_bytes: int
     changed: bool
@@ -158,16 +160,22 @@ class PartWriter:
         self._manifest.flush()
         here = self._manifest.stored[-1][0] if self._manifest.stored else PackName(HERE, 0)
         placed = [*settle_all(self._placement, here).pages(), settle(self._where, here)]
-        needs = {PackName(*name) for name in self._placement.packs}
-        needs |= {PackName(page.writer, page.number) for page in placed}
+        manifest = {PackName(page.writer, page.number) for page in placed}
+        roles: dict[bool, set[PackName]] = {True: set(), False: set()}
+        for role, spot in zip(self._roles, self._spots):
+            roles[role == "optimizer"].update(link.pack for link in spot.links())
+        needs = roles[True] | roles[False] | manifest
+        optimizer = roles[True] - roles[False] - manifest
         self._next.pages.update({page.blake3: page for page in placed})
         new = [*self._optimizer.stored, *self._main.stored, *self._manifest.stored]
-        return Stored(self.content, placed[-1], needs, new, self._raw, self._changed, self._next, self._spots)
+        return Stored(
+            self.content, placed[-1], needs, optimizer, new, self._raw, self._changed, self._next, self._spots
+        )
 
     # chunks
 
     def _write_chunks(self, snapshot: Snapshot) -> list[_Stowed | Spot]:
-        roles = [snapshot.layout.streams[chunk.stream].role for chunk in snapshot.layout.chunks]
+        roles = self._roles = [snapshot.layout.streams[chunk.stream].role for chunk in snapshot.layout.chunks]
         slots: list[_Stowed | Spot] = []
         self._fresh: dict[bytes, _Stowed] = {}
         self._whole = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
-from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError
+from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError, StorageFull
 from everystep.save import commit as commits
 from everystep.save.bases import Bases, Leaning
 from everystep.save.commit import Condemned, Draft
@@ -108,10 +108,20 @@ class Saved:
             self._condition.notify_all()
 
 
+class Keeper(Protocol):
+    """What looks after the run's older checkpoints, in the background, after a save."""
+
+    def after_commit(self) -> list[str]: ...
+
+    def make_room(self) -> bool: ...
+
+
 class Writer:
     """Owns the term, the arena and the thread; remembers what the last checkpoint holds."""
 
-    def __init__(self, vault: RunVault, term: Term, *, rank: int, ranks: int, author: str, leaning: Leaning) -> None:
+    def __init__(
+        self, vault: RunVault, term: Term, *, rank: int, ranks: int, author: str, leaning: Leaning, keeper: Keeper
+    ) -> None:
         self._vault, self.term, self._author = vault, term, author
         self.rank, self.ranks = rank, ranks
         self.parent: str | None = None
@@ -121,7 +131,8 @@ class Writer:
         self.notices: list[str] = []
         self._condition = vault.seam.condition()
         self._pool = vault.seam.pool(vault.settings.workers, "everystep-encode")
-        self._bases = Bases(leaning, vault.settings, self._pool)
+        self._keeper = keeper
+        self._bases = Bases(leaning, vault.settings, self._pool, vault.read_chunk)
         self._job: Job | None = None
         self._failed: list[Saved] = []
         self._lost: RunTakenOver | None = None
@@ -189,6 +200,8 @@ class Writer:
             if error is not None:
                 self._owed.append(_Owed(job.saved, job.step, job.metrics, job.extra, job.attachments))
             job.saved.settle(id, error)
+            if error is None and self.rank == 0:
+                self.notices += self._keeper.after_commit()
             if error is not None:
                 self._failed.append(job.saved)  # once it is settled: who looks now sees what went wrong
             with self._condition:
@@ -223,6 +236,11 @@ class Writer:
         except Condemned:
             self._bases.forget()
             self.known, draft = Known(), replace(draft, id=self._vault.seam.token(8))
+            id, stored = self._write(job, draft)
+        except StorageFull:
+            if self.ranks > 1 or not self._keeper.make_room():
+                raise
+            draft = replace(draft, id=self._vault.seam.token(8))
             id, stored = self._write(job, draft)
         if self.rank == 0 and id != draft.id:
             return id  # it was saved before: nothing has changed

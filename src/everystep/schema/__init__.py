@@ -2,6 +2,7 @@
 
 from everystep.schema.box import Box
 from everystep.schema.layout import Chunk, Layout, Region, Stream, lay_out
+from everystep.schema.prune import without
 from everystep.schema.report import LoadReport
 from everystep.schema.tree import (
     ROLES,
@@ -40,4 +41,5 @@ __all__ = [
     "paths_of",
     "select",
     "unflatten",
+    "without",
 ]

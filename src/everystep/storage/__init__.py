@@ -10,6 +10,7 @@ from everystep.errors import UsageError
 from everystep.seam import Seam
 from everystep.storage.local import LocalStorage
 from everystep.storage.memory import MemoryStorage
+from everystep.storage.stat import Stat
 
 
 class Storage(Protocol):
@@ -33,8 +34,8 @@ class Storage(Protocol):
     def delete(self, key: str) -> None:
         """Removes an object; no error if it is not there."""
 
-    def size(self, key: str) -> int:
-        """Length of an object in bytes. Raises ObjectMissing."""
+    def stat(self, key: str) -> Stat:
+        """An object's length, and when the store created it. Raises ObjectMissing."""
 
 
 _KINDS: dict[str, Callable[[str, Seam], Any]] = {"file": LocalStorage, "memory": MemoryStorage.shared}
@@ -64,4 +65,4 @@ def open_storage(place: str, seam: Seam) -> Any:
     return _KINDS[scheme](rest, seam)
 
 
-__all__ = ["LocalStorage", "MemoryStorage", "Storage", "open_storage"]
+__all__ = ["LocalStorage", "MemoryStorage", "Stat", "Storage", "open_storage"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from everystep.errors import Error, UnknownOutcome
+from everystep.storage.stat import Stat
 
 
 class FaultyStorage:
@@ -25,7 +26,7 @@ class FaultyStorage:
         *,
         for_ever: bool = False,
         applied: bool = False,
-        verbs: tuple[str, ...] = ("get", "put", "put_new", "list", "delete", "size"),
+        verbs: tuple[str, ...] = ("get", "put", "put_new", "list", "delete", "stat"),
     ) -> None:
         self.inner, self.url = inner, inner.url
         self.fail_at, self.error, self.for_ever, self.applied, self.verbs = fail_at, error, for_ever, applied, verbs
@@ -59,5 +60,5 @@ class FaultyStorage:
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self.inner.delete(key))
 
-    def size(self, key: str) -> int:
-        return self._call("size", key, lambda: self.inner.size(key))  # type: ignore[no-any-return]
+    def stat(self, key: str) -> Stat:
+        return self._call("stat", key, lambda: self.inner.stat(key))  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from typing import Any
 
 from everystep.errors import AlreadyExists, Damaged, ObjectMissing, ReadOnly, StorageError, StorageFull
 from everystep.seam import Seam
+from everystep.storage.stat import Stat
 
 TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -99,9 +100,10 @@ class LocalStorage:
             except FileNotFoundError:
                 return
 
-    def size(self, key: str) -> int:
+    def stat(self, key: str) -> Stat:
+        path = self._path(key)
         with self._errors(key, "read"):
-            return self._files.size(self._path(key))
+            return Stat(self._files.size(path), self._files.modified(path))
 
     def _path(self, key: str) -> str:
         if any(part in ("", ".", "..") for part in key.split("/")) and key:

@@ -7,6 +7,7 @@ from typing import Any
 
 from everystep.errors import AlreadyExists, Damaged, ObjectMissing
 from everystep.seam import REAL, Seam
+from everystep.storage.stat import Stat
 
 _PLACES: dict[str, MemoryStorage] = {}
 
@@ -17,11 +18,13 @@ class MemoryStorage:
     def __init__(self, name: str = "", seam: Seam | None = None) -> None:
         self.url = f"memory://{name}"
         self.objects: dict[str, bytes] = {}
+        self._times: dict[str, float] = {}
+        self._now = (seam or REAL).now
         self._lock = (seam or REAL).lock()
 
     @staticmethod
     def shared(name: str, seam: Seam) -> MemoryStorage:
-        return _PLACES.setdefault(name, MemoryStorage(name))
+        return _PLACES.setdefault(name, MemoryStorage(name, seam))
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
         whole = self._at(key)
@@ -32,13 +35,13 @@ class MemoryStorage:
     def put(self, key: str, data: Iterable[Any]) -> None:
         body = b"".join(data)
         with self._lock:
-            self.objects[key] = body
+            self.objects[key], self._times[key] = body, self._now()
 
     def put_new(self, key: str, data: bytes) -> None:
         with self._lock:
             if key in self.objects:
                 raise AlreadyExists("the key is taken", where=f"{self.url}/{key}")
-            self.objects[key] = bytes(data)
+            self.objects[key], self._times[key] = bytes(data), self._now()
 
     def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
         with self._lock:
@@ -51,9 +54,10 @@ class MemoryStorage:
     def delete(self, key: str) -> None:
         with self._lock:
             self.objects.pop(key, None)
+            self._times.pop(key, None)
 
-    def size(self, key: str) -> int:
-        return len(self._at(key))
+    def stat(self, key: str) -> Stat:
+        return Stat(len(self._at(key)), self._times.get(key, 0.0))
 
     def _at(self, key: str) -> bytes:
         try:

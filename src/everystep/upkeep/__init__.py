@@ -1,5 +1,25 @@
-"""Look after a repository: check it."""
+"""Look after a repository: check it, drop and thin what rules do not keep, free what nothing needs."""
 
+from everystep.upkeep.collect import Freed, bring_back, can_return, collect, drop_events, kept_of
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
+from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
 
-__all__ = ["CheckReport", "Checked", "Finding", "check_repository"]
+__all__ = [
+    "DROP",
+    "KEEP",
+    "THIN",
+    "CheckReport",
+    "Checked",
+    "Decision",
+    "Finding",
+    "Freed",
+    "Kept",
+    "bring_back",
+    "can_return",
+    "check_repository",
+    "collect",
+    "drop_events",
+    "drops_most",
+    "kept_of",
+    "plan",
+]

@@ -79,7 +79,7 @@ def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progr
     pool = vault.seam.pool(vault.settings.workers, "everystep-fsck")
     try:
         for count, id in enumerate(history.live, 1):
-            _check_checkpoint(vault, history.commits[id], report, checked if data else None, pool)
+            _check_checkpoint(vault, history.commits[id], report, checked if data else None, pool, id in history.thin)
             if progress is not None:
                 progress(vault.name, count, len(history.live))
     finally:
@@ -92,7 +92,7 @@ def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progr
 
 
 def _check_checkpoint(
-    vault: RunVault, commit: Committed, report: CheckReport, checked: set[Any] | None, pool: object
+    vault: RunVault, commit: Committed, report: CheckReport, checked: set[Any] | None, pool: object, thin: bool
 ) -> None:
     """`checked` holds the places that were read for an earlier checkpoint: a shared chunk is read once."""
     event = commit.event
@@ -101,9 +101,9 @@ def _check_checkpoint(
         manifest = vault.manifest(commit)
         for view in manifest.views if checked is not None else ():
             assert checked is not None
-            spots = [view.spot(index) for index in range(len(view.layout.chunks))]
-            places = [(spot.pack, spot.offset, spot.hash) for spot in spots]
-            new = [i for i, place in enumerate(places) if place not in checked]
+            there = view.there(thin=thin)
+            places = [(spot.pack, spot.offset, spot.hash) for spot in map(view.spot, there)]
+            new = [i for i, place in zip(there, places) if place not in checked]
             for group in vault.read_chunks(view, new, pool):  # type: ignore[arg-type]
                 report.bytes_read += sum(chunk.nbytes for _, chunk in group)
             checked.update(places)

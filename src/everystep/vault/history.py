@@ -21,8 +21,21 @@ class Committed:
     time: float
     author: str
 
-    def needs(self) -> set[PackName]:
-        return unroll(self.event.packs)
+    def needs(self, *, thin: bool = False) -> set[PackName]:
+        """Packs without which it cannot be loaded; thinned, without its optimizer state."""
+        packs = unroll(self.event.packs)
+        return packs - unroll(self.event.optimizer) if thin else packs
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """How a checkpoint, or its optimizer state, left the live set."""
+
+    slot: int
+    reason: str
+    undo_seconds: float
+    was_thin: bool = False
+    """It had been thinned when it was retired, and comes back so."""
 
 
 @dataclass
@@ -42,6 +55,9 @@ class History:
     closed_at: dict[int, float] = field(default_factory=dict)
     commits: dict[str, Committed] = field(default_factory=dict)
     live: dict[str, None] = field(default_factory=dict)
+    thin: set[str] = field(default_factory=set)
+    dropped: dict[str, Dropped] = field(default_factory=dict)
+    """Checkpoints that were retired or thinned, and what can still bring them back."""
     settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
     missing_ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -51,6 +67,11 @@ class History:
     attachments: dict[str, events.Attach] = field(default_factory=dict)
     notes: list[tuple[str | None, str]] = field(default_factory=list)
     condemned: set[PackName] = field(default_factory=set)
+    ever: set[PackName] = field(default_factory=set)
+    """Every pack that a checkpoint was ever committed with."""
+    tip: str | None = None
+    """Where the run was rewound to, until it saves again."""
+    origins: list[events.Start] = field(default_factory=list)
     damaged: dict[int, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     lost: int = 0
@@ -63,7 +84,9 @@ class History:
 
     @property
     def latest(self) -> Committed | None:
-        """The newest live checkpoint, by the log's order."""
+        """The newest live checkpoint, by the log's order; after a rewind, the one that was gone back to."""
+        if self.tip in self.live:
+            return self.commits[self.tip]
         return self.commits[next(reversed(self.live))] if self.live else None
 
     @property
@@ -74,7 +97,7 @@ class History:
 
     def line(self, tip: str | None = None) -> list[Committed]:
         """The live checkpoints that lead to a checkpoint (the newest, if None), oldest first."""
-        at = tip if tip is not None else (next(reversed(self.live)) if self.live else None)
+        at = tip if tip is not None else (self.latest.event.id if self.latest else None)
         found: list[Committed] = []
         seen: set[str] = set()
         while at is not None and at in self.commits and at not in seen:
@@ -138,7 +161,8 @@ class History:
         if record.term < self.term or key in self.settled or event.id in self.commits:
             self.damaged[record.seq] = "commits what a fenced process or an earlier record had settled"
             return
-        self.settled[key] = event.id
+        self.settled[key], self.tip = event.id, None
+        self.ever |= unroll(event.packs)
         self.commits[event.id] = Committed(event, record.seq, record.term, record.time, record.author)
         self.live[event.id] = None
 
@@ -148,11 +172,29 @@ class History:
 
     def _retire(self, event: events.Retire, record: events.Record) -> None:
         for id in event.ids:
-            self.live.pop(id, None)
+            if id in self.live:
+                del self.live[id]
+                self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds, id in self.thin)
+
+    def _thin(self, event: events.Thin, record: events.Record) -> None:
+        for id in event.ids:
+            if id in self.live and id not in self.thin:
+                self.thin.add(id)
+                self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds)
 
     def _restore(self, event: events.Restore, record: events.Record) -> None:
+        for id in event.ids:
+            found = self.dropped.pop(id, None)
+            if found is not None and not found.was_thin:
+                self.thin.discard(id)
         again = {*self.live, *(id for id in event.ids if id in self.commits)}
         self.live = {id: None for id in self.commits if id in again}
+
+    def _rewind(self, event: events.Rewind, record: events.Record) -> None:
+        self.tip = event.id
+
+    def _start(self, event: events.Start, record: events.Record) -> None:
+        self.origins.append(event)
 
     def _tag(self, event: events.Tag, record: events.Record) -> None:
         if event.id is None:
@@ -188,7 +230,10 @@ _HANDLERS: dict[type[Any], Any] = {
     events.Commit: History._commit,
     events.Abandon: History._abandon,
     events.Retire: History._retire,
+    events.Thin: History._thin,
     events.Restore: History._restore,
+    events.Rewind: History._rewind,
+    events.Start: History._start,
     events.Tag: History._tag,
     events.Metrics: History._metrics,
     events.Series: History._series,

@@ -172,6 +172,11 @@ class PartView:
     base_hashes: np.ndarray[Any, Any]
     _linked: dict[int, Spot] = field(default_factory=dict, repr=False, compare=False)
 
+    def there(self, *, thin: bool) -> list[int]:
+        """The chunks that are still there: of a thinned checkpoint, those without optimizer state."""
+        streams, chunks = self.layout.streams, self.layout.chunks
+        return [i for i, chunk in enumerate(chunks) if not thin or streams[chunk.stream].role != "optimizer"]
+
     def spot(self, index: int) -> Spot:
         """Where a chunk lies, with all that it leans on."""
         return self._link(self.spots[index], self.hashes[index].tobytes())

@@ -75,6 +75,8 @@ class Commit(msgspec.Struct, tag="commit", frozen=True):
     cost: Cost = Cost()
     ranks: int = 1
     reason: str = ""
+    optimizer: list[PackRange] = []
+    """Those of `packs` that only the optimizer state needs."""
 
 
 class Abandon(msgspec.Struct, tag="abandon", frozen=True):
@@ -89,12 +91,40 @@ class Abandon(msgspec.Struct, tag="abandon", frozen=True):
 
 
 class Retire(msgspec.Struct, tag="retire", frozen=True):
+    """Checkpoints leave the live set. For `undo_seconds` of the store's own clock they can be brought back."""
+
     ids: list[str]
     reason: str = ""
+    undo_seconds: float = 0.0
+
+
+class Thin(msgspec.Struct, tag="thin", frozen=True):
+    """Checkpoints keep their weights, and lose their optimizer state."""
+
+    ids: list[str]
+    reason: str = ""
+    undo_seconds: float = 0.0
 
 
 class Restore(msgspec.Struct, tag="restore", frozen=True):
+    """Takes `retire` and `thin` of checkpoints back."""
+
     ids: list[str]
+
+
+class Rewind(msgspec.Struct, tag="rewind", frozen=True):
+    """The run goes on from this checkpoint; what came after it stays, as a line of its own."""
+
+    id: str
+
+
+class Start(msgspec.Struct, tag="start", frozen=True):
+    """The run began with the state of another run's checkpoint, or with part of it."""
+
+    run: str
+    id: str
+    step: int
+    only: list[str]
 
 
 class Tag(msgspec.Struct, tag="tag", frozen=True):
@@ -146,7 +176,7 @@ class Unknown(NamedTuple):
 
 
 _EVENTS: tuple[type[Any], ...] = (
-    Open, Close, Commit, Abandon, Retire, Restore, Tag, Metrics, Series, Config, Attach, Note, Gc,
+    Open, Close, Commit, Abandon, Retire, Thin, Restore, Rewind, Start, Tag, Metrics, Series, Config, Attach, Note, Gc,
 )  # fmt: skip
 _BY_TAG = {kind.__struct_config__.tag: kind for kind in _EVENTS}
 

@@ -105,6 +105,10 @@ class RunVault:
         groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset))))
         yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
 
+    def read_chunk(self, spot: Spot, nbytes: int) -> Array:
+        """The verified plain bytes of one chunk."""
+        return self._read_spots([(spot, nbytes)])[0]
+
     def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, Array]]:
         plain = self._read_spots([(spot, view.layout.chunks[index].nbytes) for spot, index in group])
         return [(index, data) for (_, index), data in zip(group, plain)]

@@ -1,0 +1,164 @@
+"""Drop, thin, bring back, and free: first a record that says so, then the deletes; what is needed stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from everystep.errors import Conflict, Damaged, NotFound, ObjectMissing
+from everystep.upkeep.retention import DROP, THIN, Decision, Kept
+from everystep.vault import History, PackName, RunVault
+from everystep.vault.history import roll_up
+from everystep.vault.names import pack_key, record_key
+from everystep.vault.record import Gc, Restore, Retire, Thin
+
+Fence = Callable[[History], None]
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What a collection gave back, and what it will once it can no longer be undone."""
+
+    packs: int = 0
+    nbytes: int = 0
+    pending_bytes: int = 0
+    """Held by checkpoints that were dropped or thinned and can still be brought back."""
+    held_bytes: int = 0
+    """What the run's packs come to afterwards."""
+
+
+def kept_of(history: History) -> list[Kept]:
+    """The live checkpoints as rules see them, oldest first."""
+    names: dict[str, list[str]] = {}
+    for tag, id in history.tags.items():
+        names.setdefault(id, []).append(tag)
+    found = []
+    for id in history.live:
+        commit = history.commits[id]
+        tags = tuple(sorted(names.get(id, ())))
+        found.append(Kept(id, commit.event.step, commit.time, history.metrics_of(id), tags, id in history.thin))
+    tip = history.latest
+    # The newest comes last: after a rewind, that is not the last that was saved.
+    return sorted(found, key=lambda one: tip is not None and one.id == tip.event.id)
+
+
+def drop_events(decisions: Sequence[Decision], reason: str, undo_seconds: float) -> list[Any]:
+    """A plan as events."""
+    events: list[Any] = []
+    for action, event in ((DROP, Retire), (THIN, Thin)):
+        ids = [decision.checkpoint.id for decision in decisions if decision.action == action]
+        if ids:
+            events.append(event(ids, reason, undo_seconds))
+    return events
+
+
+def can_return(history: History, id: str) -> bool:
+    """Whether a checkpoint that was dropped, or its optimizer state, is still there."""
+    found = history.dropped.get(id)
+    return found is not None and not history.commits[id].needs(thin=found.was_thin) & history.condemned
+
+
+def bring_back(vault: RunVault, ids: Sequence[str], author: str) -> None:
+    """Takes the dropping or thinning of checkpoints back.
+
+    Raises:
+        NotFound: if one was not dropped.
+        Conflict: if what it needs has been freed already.
+    """
+
+    def decide(history: History) -> list[Any]:
+        for id in ids:
+            if id not in history.dropped:
+                raise NotFound(f"checkpoint {id} was not dropped", where=vault.where, do="there is nothing to undo")
+            if not can_return(history, id):
+                step = history.commits[id].event.step
+                raise Conflict(f"step {step} has been freed", where=vault.where, do="it is gone for good")
+        return [Restore(list(ids))]
+
+    vault.log.append(decide, author)
+
+
+def collect(vault: RunVault, author: str, *, at_once: bool = False) -> Freed:
+    """Frees packs that no live or undoable checkpoint needs, and what dead processes left behind.
+
+    Args:
+        at_once: also what could still be undone.
+
+    Raises:
+        Damaged: if part of the log cannot be read: it may need what nothing else needs.
+    """
+    present = _packs(vault)
+    pending = set[PackName]()
+
+    def decide(history: History) -> list[Any] | None:
+        if history.damaged:
+            raise Damaged(
+                "part of the log cannot be read, and what it needs is not known",
+                where=vault.where,
+                do="nothing was freed; run fsck, and bring the damaged records back from a copy",
+            )
+        needed = _needed(history)
+        undoable = set() if at_once else _undoable(vault, history)
+        pending.clear()
+        pending.update(undoable - needed)
+        doomed = {pack for pack in present if pack not in needed | undoable and _is_dead(pack, history)}
+        return [Gc(roll_up(doomed - history.condemned))] if doomed - history.condemned else None
+
+    history = vault.log.append(decide, author)
+    dead = present & history.condemned
+    sizes = {pack: _nbytes(vault, pack) for pack in present}
+    for pack in sorted(dead):
+        vault.storage.delete(pack_key(vault.folder, pack))
+    freed = sum(sizes[pack] for pack in dead)
+    return Freed(len(dead), freed, sum(sizes[pack] for pack in pending & present), sum(sizes.values()) - freed)
+
+
+def _packs(vault: RunVault) -> set[PackName]:
+    found = set()
+    for key in vault.storage.list(f"{vault.folder}packs/"):
+        _, writer, number = key.rsplit("/", 2)
+        if number.isdigit():
+            found.add(PackName(writer, int(number)))
+    return found
+
+
+def _needed(history: History) -> set[PackName]:
+    needed = {PackName(page.writer, page.number) for held in history.attachments.values() for page in held.where}
+    for id in history.live:
+        needed |= history.commits[id].needs(thin=id in history.thin)
+    return needed
+
+
+def _undoable(vault: RunVault, history: History) -> set[PackName]:
+    """What checkpoints need that were dropped or thinned so short a time ago that they can be brought back."""
+    waiting = {id: found for id, found in history.dropped.items() if found.undo_seconds > 0}
+    if not waiting:
+        return set()
+    now = _written(vault, history.slots - 1)
+    return {
+        pack
+        for id, found in waiting.items()
+        if now - _written(vault, found.slot) < found.undo_seconds
+        for pack in history.commits[id].needs(thin=found.was_thin)
+    }
+
+
+def _written(vault: RunVault, slot: int) -> float:
+    """When the store, by its own clock, created a record."""
+    return float(vault.storage.stat(record_key(vault.folder, slot)).time)
+
+
+def _is_dead(pack: PackName, history: History) -> bool:
+    """Of a checkpoint that is gone, or of a save that will never be committed: not of one that is under way."""
+    term = pack.writer.rpartition("-")[2]
+    if not term.isdigit():
+        return False
+    return int(term) < history.term or history.closed or pack in history.ever
+
+
+def _nbytes(vault: RunVault, pack: PackName) -> int:
+    try:
+        return int(vault.storage.stat(pack_key(vault.folder, pack)).nbytes)
+    except ObjectMissing:
+        return 0  # somebody else was collecting, too
