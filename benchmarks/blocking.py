@@ -112,6 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
+    timing.warn_of_load()
     training, samples = run(given.mb, given.leaves, given.rounds, given.folder)
     size = {"nbytes": training.nbytes, "leaves": len(training.tensors()), "rounds": given.rounds}
     title = f"blocking: {size['leaves']} tensors, {training.nbytes / 1e6:.0f} MB, median (quartiles) of {given.rounds}"

@@ -140,6 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
+    timing.warn_of_load()
     samples = run(given.leaves, given.rounds, given.folder)
     share = metadata_share()
     text = timing.table(HEAD, rows(samples))

@@ -126,7 +126,15 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "system": platform.system(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def warn_of_load() -> None:
+    """Says so when others use the cores."""
+    here = machine()
+    if here["load"] is not None and here["load"] > 0.3 * here["cpus"]:
+        say(f"others use this machine (load {here['load']:.1f}, {here['cpus']} cores): the ratios will be rough")
 
 
 def milliseconds(samples: Samples, name: str, quantity: str) -> str:

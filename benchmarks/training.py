@@ -74,6 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
+    timing.warn_of_load()
     training, samples = run(given.every, given.rounds, given.folder)
     title = f"training: {training.nbytes / 1e6:.0f} MB of state, a save every {given.every} steps"
     result = {"nbytes": training.nbytes, "every": given.every, "samples": samples.as_dict()}

@@ -144,6 +144,10 @@ class Disk(Files):
     def size(self, path: str) -> int:
         return len(self.tree.data.get(self._find(path), b""))
 
+    def modified(self, path: str) -> float:
+        self._find(path)
+        return 0.0
+
     def is_folder(self, path: str) -> bool:
         try:
             return self._find(path) in self.tree.folders

@@ -10,7 +10,7 @@ import shutil
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +19,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import zstandard
 from blake3 import blake3
 from golden import make
-from independent_reader import Run
+from independent_reader import Run, decode
 
 import everystep
+from everystep import codecs
+from everystep.codecs import delta
+from everystep.schema.dtype import parse
+from everystep.vault import Spot
 from everystep.vault.lines import pack_lines
 from everystep.vault.record import Abandon, Restore, Retire
 
@@ -31,6 +36,8 @@ HERE = Path(__file__).parent
 READER = HERE / "independent_reader.py"
 GOLDEN = HERE / "golden" / "format-1"
 SMALL = make.SMALL
+# What the reader raises where something is not as it should be: it says less than we do.
+REFUSALS = (ValueError, TypeError, LookupError, OSError, struct.error, zstandard.ZstdError)
 
 
 # the reader stands alone ---------------------------------------------------------------------------------------------
@@ -70,7 +77,7 @@ def test_the_bytes_of_this_format_are_the_golden_ones(tmp_path: Path) -> None:
 def test_golden_repositories_load_with_the_very_same_values() -> None:
     expected = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
     assert make.listing(str(GOLDEN)) == expected
-    assert set(expected) == {"tiny", "ranks", make.KINDS}
+    assert set(expected) == {"tiny", "ranks", "deltas", make.KINDS}
 
 
 def test_golden_values_are_those_that_the_program_makes() -> None:
@@ -102,7 +109,24 @@ def _without_classes(value: Any) -> Any:
     return [_without_classes(child) for child in value] if type(value) is list else value
 
 
-@pytest.mark.parametrize("run", ["tiny", "ranks", make.KINDS])
+def test_golden_deltas_have_every_form_and_chains_of_every_length() -> None:
+    past = everystep.open(str(GOLDEN))["deltas"]
+    heads, kinds, depths = set(), set(), set()
+    for one in past.checkpoints():
+        for spot in spots_of(one):
+            depths.add(spot.depth)
+            if spot.codec == codecs.DELTA:
+                with open(pack_of(GOLDEN, "deltas", spot), "rb") as pack:
+                    pack.seek(spot.offset)
+                    stored = pack.read(spot.length)
+                heads.add((stored[0], stored[1], stored[2] < 255))
+                kinds.update(stored[3 : 3 + 5 * stored[0] : 5])
+    assert depths == set(range(everystep.Settings().base_depth_max + 1))
+    assert {width for width, _, _ in heads} == {1, 2, 4, 8} and kinds == {0, 1, 2}
+    assert {(ordered, grouped) for _, ordered, grouped in heads} >= {(0, False), (1, True)}
+
+
+@pytest.mark.parametrize("run", ["tiny", "ranks", "deltas", make.KINDS])
 def test_the_reader_reads_the_golden_repositories(run: str) -> None:
     agree(GOLDEN, run)
 
@@ -114,8 +138,7 @@ def agree(folder: Path, name: str) -> None:
     """Every checkpoint of a run: the whole state, each leaf, and attachments."""
     past, other = everystep.open(str(folder))[name], Run(folder, name)
     found = past.checkpoints(all=True)
-    assert {one.id for one in found} == {id for id in other.commits if id not in other.retired}
-    assert not found or other.find()["id"] == past.latest.id  # type: ignore[union-attr]
+    assert [one.id for one in found] == [commit["id"] for commit in other.live]
     for one in found:
         state, arrays = other.load(other.commits[one.id])
         opened = one._open()
@@ -124,7 +147,16 @@ def agree(folder: Path, name: str) -> None:
         for path, array in arrays.items():
             assert list(make.told(array)) == list(make.told(opened.build(path)))
     for attached in past.attachments:
-        assert other.attachment(attached) == past.attachment(attached)
+        assert b"".join(map(other.read, other.attached[attached])) == past.attachment(attached)
+
+
+def spots_of(one: Any) -> list[Spot]:
+    """Where every chunk of a checkpoint lies, with what it leans on."""
+    return [view.spot(index) for view in one._open().manifest.views for index in range(len(view.spots))]
+
+
+def pack_of(folder: Path, run: str, spot: Spot) -> Path:
+    return folder / "runs" / run / "packs" / spot.pack.writer / str(spot.pack.number)
 
 
 def save_all(folder: Path, *states: Any, name: str = "run", settings: Any = SMALL, **metrics: Any) -> None:
@@ -275,25 +307,52 @@ def test_boxes_of_many_ranks_that_overlap(tmp_path: Path) -> None:
     cuts = [np.s_[0:4, :, 0:3], np.s_[0:4, :, 2:5], np.s_[4:7, 0:6, :]]
     _save_by_ranks(
         tmp_path,
-        lambda rank: {
-            "w": everystep.Part(whole[cuts[rank]], [cut.start or 0 for cut in cuts[rank]], whole.shape),
+        lambda rank, step: {
+            "w": everystep.Part(whole[cuts[rank]] + step, [cut.start or 0 for cut in cuts[rank]], whole.shape),
             "none": everystep.Part(whole[:0], (0, 0, 0), (0, 6, 5)),
             "rank": {str(rank): rank},
         },
         ranks=3,
     )
     agree(tmp_path, "run")
-    assert np.array_equal(Run(tmp_path, "run").load(Run(tmp_path, "run").find())[0]["state"]["w"], whole)
+    other = Run(tmp_path, "run")
+    for commit in other.live:
+        assert np.array_equal(other.load(commit)[0]["state"]["w"], whole + commit["step"])
 
 
-def _save_by_ranks(folder: Path, state: Callable[[int], Any], ranks: int) -> None:
-    patient = dataclasses.replace(SMALL, rank_deadline_seconds=30)
+def test_deltas_of_many_ranks_and_a_step_that_is_saved_twice(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    start, moves = rng.normal(size=(2, 3000)), 1e-4 * rng.normal(size=(2, 3000))
+    _save_by_ranks(
+        tmp_path,
+        lambda rank, step: {"w": everystep.Part((start + step * moves)[rank : rank + 1], (rank, 0), (2, 3000))},
+        ranks=2,
+        steps=(1, 2, 2, 3),
+    )
+    agree(tmp_path, "run")
+    found = everystep.open(str(tmp_path))["run"].checkpoints()
+    assert [one.step for one in found] == [1, 2, 3]
+    for rank in range(2):
+        assert {view.spot(0).depth for view in [one._open().manifest.views[rank] for one in found]} == {0, 1, 2}
+    abandoned = [event for event in events_of(tmp_path) if event["type"] == "abandon"]
+    assert [(event["step"], event["missing"], event["instead"]) for event in abandoned] == [(2, [], found[1].id)]
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    records = sorted((folder / "runs" / "run" / "log").iterdir())
+    return [event for path in records for event in json.loads(path.read_bytes().partition(b"\n")[0])["events"]]
+
+
+def _save_by_ranks(folder: Path, state: Callable[[int, int], Any], ranks: int, steps: Sequence[int] = (1, 2)) -> None:
+    patient = dataclasses.replace(SMALL, rank_deadline_seconds=30, poll_seconds=0.01)
     errors: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
             run = everystep.open(str(folder), settings=patient).run("run", rank=rank, ranks=ranks, launch="one")
-            run.save(1, state=state(rank)).wait()
+            run.track(rng=False)
+            for step in steps:
+                run.save(step, state=state(rank, step)).wait()
             run.close()
         except BaseException as error:  # noqa: BLE001  a thread's error must fail the test
             errors.append(error)
@@ -330,7 +389,7 @@ def test_retired_and_restored_checkpoints(tmp_path: Path) -> None:
     log.append(lambda history: [Retire(ids[2:], "test")], "test")
     log.append(lambda history: [Restore([ids[3]]), Abandon("nobody", 1, 9, [0])], "test")
     agree(tmp_path, "run")
-    assert Run(tmp_path, "run").find()["step"] == 4
+    assert Run(tmp_path, "run").live[-1]["step"] == 4
     assert [one.step for one in past.checkpoints()] == [1, 2, 4]
 
 
@@ -338,7 +397,7 @@ def test_a_run_that_trains_a_module_by_batches(tmp_path: Path) -> None:
     _train(tmp_path, stop_at=5)
     _train(tmp_path, stop_at=None)
     agree(tmp_path, "run")
-    state, arrays = Run(tmp_path, "run").load(Run(tmp_path, "run").find())
+    state, arrays = Run(tmp_path, "run").load(Run(tmp_path, "run").live[-1])
     assert {"model", "optimizer", "rng", "loop"} <= set(state)
     assert set(state["optimizer"]) >= {"state", "groups", "shapes"}
     assert "optimizer/state/model.0.weight/exp_avg" in arrays
@@ -364,6 +423,103 @@ def _train(folder: Path, stop_at: int | None) -> None:
                 run.stop()
 
 
+# chunks that lean on others ------------------------------------------------------------------------------------------
+
+
+def _drifting(steps: int) -> Iterator[dict[str, Any]]:
+    """Weights that move at each step, some that move at every third, and some that never do."""
+    rng = np.random.default_rng(3)
+    fast, slow = rng.normal(size=3000).astype("<f4"), rng.normal(size=600)
+    for step in range(steps):
+        fast += (1e-4 * rng.normal(size=3000)).astype("<f4")
+        slow += 1e-5 * rng.normal(size=600) * (step % 3 == 0)
+        half = fast[:700].astype(ml_dtypes.bfloat16)
+        yield {"fast": fast.copy(), "slow": slow.copy(), "half": half, "still": np.arange(700), "count": step}
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 8])
+def test_chains_of_deltas_among_references(tmp_path: Path, most: int) -> None:
+    save_all(tmp_path, *_drifting(13), settings=dataclasses.replace(SMALL, base_depth_max=most))
+    agree(tmp_path, "run")
+    found = [spots_of(one) for one in everystep.open(str(tmp_path))["run"].checkpoints()]
+    assert [max(spot.depth for spot in spots) for spots in found[: most + 1]] == list(range(most + 1))
+    assert max(spot.depth for spots in found for spot in spots) == most
+    for spot in [spot for spots in found for spot in spots]:
+        assert [link.depth for link in spot.links()] == list(range(spot.depth, -1, -1))
+        assert [link.codec == codecs.DELTA for link in spot.links()] == [True] * spot.depth + [False]
+    before = {(spot.pack, spot.offset) for spot in found[0]}
+    for spots in found[1:]:
+        places = {(spot.pack, spot.offset) for spot in spots}
+        assert places & before and places - before, "some chunks are those of the checkpoint before, and some are new"
+        before = places
+
+
+def test_a_run_that_is_resumed_keeps_the_chains_of_what_it_refers_to(tmp_path: Path) -> None:
+    states = list(_drifting(8))
+    for part in (states[:4], states[4:]):
+        with everystep.open(str(tmp_path), settings=SMALL).run("run") as run:
+            for step, state in enumerate(part, run.resume() + 1):
+                run.save(step, state=state).wait()
+    agree(tmp_path, "run")
+    checkpoints = everystep.open(str(tmp_path))["run"].checkpoints()
+    last, first = (spots_of(one) for one in checkpoints[3:5])
+    shared = [spot for spot in first if spot in last]
+    assert len(shared) < len(first) and max(spot.depth for spot in shared) > 0
+
+
+def _hurt(load: Callable[[Any], Any], what: Any, *kinds: type[Exception]) -> bool:
+    try:
+        load(what)
+    except kinds:
+        return True
+    return False
+
+
+def test_a_damaged_base_hurts_exactly_what_leans_on_it(tmp_path: Path) -> None:
+    save_all(tmp_path, *_drifting(11), settings=SMALL)
+    repo, other = everystep.open(str(tmp_path)), Run(tmp_path, "run")
+    found = {one.step: one._open() for one in repo["run"].checkpoints()}
+    leaning: dict[Spot, set[tuple[int, str]]] = {}
+    for step, opened in found.items():
+        (view,) = opened.manifest.views
+        for region in view.layout.regions:
+            for index in view.layout.chunks_of(region):
+                for link in view.spot(index).links():
+                    leaning.setdefault(link, set()).add((step, view.tree.leaves[region.leaf].path))
+    leaves = {(step, leaf.path) for step, opened in found.items() for leaf in opened.tree.leaves}
+    for spot in random.Random(1).sample(sorted(leaning), 8):
+        path = pack_of(tmp_path, "run", spot)
+        body, end = path.read_bytes(), spot.offset + spot.length
+        path.write_bytes(body[: spot.offset] + bytes(255 - byte for byte in body[spot.offset : end]) + body[end:])
+        hurt = {(step, leaf) for step, leaf in leaves if _hurt(found[step].build, leaf, everystep.Damaged)}
+        assert hurt == leaning[spot]
+        steps = {step for step, _ in hurt}
+        assert {one["step"] for one in other.live if _hurt(other.load, one, *REFUSALS)} == steps
+        assert {checked.step for checked in repo.check().checked if not checked.whole} == steps
+        path.write_bytes(body)
+    assert repo.check().ok
+
+
+@pytest.mark.parametrize("count", [1, 5, 70_001])
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "grouped"])
+@pytest.mark.parametrize("dtype", ["<f2", "bfloat16", "<f4", "<f8", "float8_e5m2", "<i2", "<u4", "<i8", "|u1"])
+def test_the_reader_decodes_every_form_of_delta(dtype: str, grouped: bool, count: int) -> None:
+    """More words than the encoder takes at a time, of bits that mean anything, moved a little and a lot."""
+    form = delta.form_of(dtype, count * parse(dtype).itemsize)
+    rng = np.random.default_rng(count)
+    base = rng.integers(0, 256, count * form.width, "u1")
+    data = base.copy()
+    data[:: form.width] += rng.integers(0, 4, count, "u1")
+    data[:: 7 * form.width] = 255
+    shift = max(8 * form.width - 9, 0) if grouped and form.shift == delta.UNGROUPED else form.shift
+    form = form._replace(shift=shift if grouped else delta.UNGROUPED)
+    pieces = delta.encode(data, base, form, 1, 256, 1.0)
+    if pieces is None:
+        assert form.width == 1 or count < 9, "nothing to gain"
+        return
+    assert decode(codecs.DELTA, b"".join(map(bytes, pieces)), data.nbytes, base.tobytes()) == data.tobytes()
+
+
 # what a reader refuses -----------------------------------------------------------------------------------------------
 
 
@@ -380,7 +536,7 @@ def test_no_changed_byte_gives_other_values(tmp_path: Path) -> None:
             path.write_bytes(body[:at] + bytes([body[at] ^ (1 << chance.randrange(8))]) + body[at + 1 :])
             try:
                 assert _all_values(tmp_path / "repo") == truth
-            except (ValueError, KeyError, OSError, struct.error):
+            except REFUSALS:
                 refused.add(path)
         path.write_bytes(body)
     assert refused == set(files)
@@ -431,7 +587,7 @@ def test_a_fenced_or_repeated_commit_counts_for_nothing(tmp_path: Path) -> None:
     save_all(tmp_path, np.arange(3))
     other = Run(tmp_path, "run")
     slot = len(list((tmp_path / "runs" / "run" / "log").iterdir()))
-    commit = other.find()
+    commit = other.live[-1]
     _add_record(tmp_path, slot, term=5)
     fenced = {**commit, "id": "fenced", "ordinal": 7}
     _add_record(tmp_path, slot + 1, term=4, events=[fenced])
@@ -454,7 +610,7 @@ def test_a_record_behind_a_damaged_one_chains_to_nothing(tmp_path: Path) -> None
         Run(tmp_path, "run")
     damaged.write_bytes(body)
     agree(tmp_path, "run")
-    assert Run(tmp_path, "run").find()["step"] == 5
+    assert Run(tmp_path, "run").live[-1]["step"] == 5
 
 
 @pytest.mark.parametrize("change", [{"version": 2}, {"features": ["encrypted"]}, {"format": "other"}])
@@ -480,3 +636,150 @@ def test_a_shape_takes_no_memory_before_somebody_holds_it(tmp_path: Path, shape:
     save_all(tmp_path, {"w": part})
     with pytest.raises(everystep.Damaged, match="the ranks hold 1 of"):
         everystep.open(str(tmp_path))["run"].at(1).load()
+
+
+# forged placements ---------------------------------------------------------------------------------------------------
+
+NO_BASE = 0xFFFFFFFF
+ROW = struct.Struct("<IQIBBI")
+
+
+@dataclasses.dataclass
+class Forged:
+    """A part's placement with its tables unrolled: [pack, offset, length, codec, depth, base] of each chunk."""
+
+    packs: list[list[Any]]
+    spots: list[list[int]]
+    bases: list[list[int]]
+    hashes: list[bytes]
+
+    @property
+    def deep(self) -> list[int]:
+        """A chunk with more than one base behind it."""
+        return next(row for row in self.spots if row[4] > 1)
+
+    @property
+    def base(self) -> list[int]:
+        """The base of that chunk."""
+        return self.bases[self.deep[5]]
+
+
+def _rewrite_commit(folder: Path, **changes: Any) -> None:
+    """Puts another event into the last commit's record; what came after it is dropped."""
+    *_, record, last = sorted((folder / "runs" / "run" / "log").iterdir())
+    last.unlink()
+    body = json.loads(record.read_bytes().partition(b"\n")[0])
+    body["events"][-1].update(changes)
+    record.write_bytes(pack_lines(body))
+
+
+def _forge(folder: Path, change: Callable[[Forged], None]) -> None:
+    """Places the newest checkpoint anew, as `change` leaves it: all hashes are right, and what is logical stays."""
+    run = Run(folder, "run")
+    commit = run.live[-1]
+    root, places = run.read(commit["root"]).split(b"\n")
+    (where,) = json.loads(places)
+    logical, body = run.read(where, commit["root"]).split(b"\n")
+    part = json.loads(body)
+    for name in set(part) - {"packs"}:
+        part[name] = [page if page[0] else [*commit["root"][:2], *page[2:]] for page in part[name]]
+    tables = [b"".join(map(run.read, part[name])) for name in ("spots", "bases", "base_hashes")]
+    spots, bases = ([list(row) for row in ROW.iter_unpack(table)] for table in tables[:2])
+    forged = Forged(part["packs"], spots, bases, [tables[2][at : at + 32] for at in range(0, len(tables[2]), 32)])
+    change(forged)
+    writer, pack = "f" * 32 + "-1", bytearray(b"EVERYSTEP-PACK-1")
+
+    def add(body: bytes) -> list[Any]:
+        place = [writer, 0, len(pack), len(body), len(body), 0, blake3(body).hexdigest()]
+        pack.extend(body)
+        return place
+
+    part["spots"] = [add(b"".join(ROW.pack(*row) for row in forged.spots))]
+    part["bases"] = [add(b"".join(ROW.pack(*row) for row in forged.bases))]
+    part["base_hashes"] = [add(b"".join(forged.hashes))]
+    place = add(logical + b"\n" + json.dumps(part).encode())
+    place = add(root + b"\n" + json.dumps([place]).encode())
+    path = folder / "runs" / "run" / "packs" / writer / "0"
+    path.parent.mkdir()
+    path.write_bytes(pack)
+    _rewrite_commit(folder, root=place, packs=[*commit["packs"], [writer, 0, 0]])
+
+
+def _put(row: list[Any], at: int | slice, value: Any) -> None:
+    row[at] = value
+
+
+def _deepen(forged: Forged, depth: int) -> None:
+    """Chains of this length behind chunks with one base: all links but the first are that base once more."""
+    leaning = [row for row in forged.spots if row[4] == 1]
+    for row in leaning:
+        base = row[5]
+        for at in range(1, depth):
+            forged.bases.append([*forged.bases[base][:4], at, base if at == 1 else len(forged.bases) - 1])
+            forged.hashes.append(forged.hashes[base])
+        row[4:] = [depth, len(forged.bases) - 1]
+    assert leaning
+
+
+@pytest.mark.parametrize("change", [lambda forged: None, lambda forged: _deepen(forged, 64)], ids=["same", "64 deep"])
+def test_a_placement_may_be_written_anew(tmp_path: Path, change: Callable[[Forged], None]) -> None:
+    *before, last = _drifting(4)
+    save_all(tmp_path, *before, last, settings=SMALL)
+    logical = Run(tmp_path, "run").live[-1]["logical"]
+    _forge(tmp_path, change)
+    agree(tmp_path, "run")
+    assert Run(tmp_path, "run").live[-1]["logical"] == logical
+    assert list(make.told(everystep.open(str(tmp_path))["run"].at(4).load())) == list(make.told(last))
+
+
+HOSTILE: dict[str, Callable[[Forged], Any]] = {
+    "a base that leans on itself": lambda forged: _put(forged.base, 5, forged.deep[5]),
+    "a base that is the chunk itself": lambda forged: _put(forged.base, slice(4), forged.deep[:4]),
+    "a longer chain than it is": lambda forged: _put(forged.deep, 4, forged.deep[4] + 1),
+    "a shorter chain than it is": lambda forged: _put(forged.deep, 4, 1),
+    "a chain of 65": lambda forged: _deepen(forged, 65),
+    "a chain of 255": lambda forged: _deepen(forged, 255),
+    "a depth without a base": lambda forged: _put(forged.deep, 5, NO_BASE),
+    "a base without a depth": lambda forged: _put(forged.deep, 4, 0),
+    "a base that is not listed": lambda forged: _put(forged.deep, 5, len(forged.bases)),
+    "a delta that leans on nothing": lambda forged: _put(forged.deep, slice(4, 6), [0, NO_BASE]),
+    "a base in a pack that is not listed": lambda forged: _put(forged.base, 0, len(forged.packs)),
+    "a base in a pack that is not there": lambda forged: _put(forged.packs[forged.base[0]], 1, 10**9),
+    "a base behind the end of its pack": lambda forged: _put(forged.base, 1, 1 << 62),
+    "a base of another length": lambda forged: _put(forged.base, slice(4), forged.spots[-1][:4]),
+    "a base of an unknown codec": lambda forged: _put(forged.base, 3, 77),
+    "a base of another hash": lambda forged: _put(forged.hashes, forged.deep[5], bytes(32)),
+    "a base without a hash": lambda forged: forged.hashes.pop(),
+    "a hash without a base": lambda forged: forged.hashes.append(bytes(32)),
+    "a chunk without a place": lambda forged: forged.spots.pop(),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_chain_is_damage(tmp_path: Path, change: Callable[[Forged], Any]) -> None:
+    save_all(tmp_path, *_drifting(4), settings=SMALL)
+    _forge(tmp_path, change)
+    repo, other = everystep.open(str(tmp_path)), Run(tmp_path, "run")
+    with pytest.raises(everystep.Damaged):
+        repo["run"].at(4).load()
+    with pytest.raises(REFUSALS):
+        other.load(other.live[-1])
+    assert [checked.step for checked in repo.check().checked if not checked.whole] == [4]
+    for commit in other.live[:-1]:
+        loaded = repo["run"].at(commit["step"]).load()
+        assert list(make.told(loaded)) == list(make.told(other.load(commit)[0]["state"]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 9}, {"parent": None}, {"metrics": {"loss": 0.5}}, {"id": "0" * 16}, {"logical": "0" * 64}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_commit_that_says_other_than_its_root(tmp_path: Path, change: dict[str, Any]) -> None:
+    save_all(tmp_path, np.arange(3), np.arange(4), loss=0.25)
+    _rewrite_commit(tmp_path, **change)
+    other = Run(tmp_path, "run")
+    with pytest.raises(everystep.Damaged, match="not the one that was committed"):
+        everystep.open(str(tmp_path))["run"].checkpoints()[-1].load()
+    with pytest.raises(ValueError):
+        other.load(other.live[-1])

@@ -60,6 +60,7 @@ def savers(training: Training, folder: str) -> list[Peer]:
     for index, make in enumerate(
         (
             everystep.Everystep,
+            everystep.EverystepAlone,
             torch_save.TorchSave,
             torch_save.TorchSaveSynced,
             safetensors.Safetensors,

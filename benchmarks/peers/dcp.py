@@ -6,6 +6,7 @@ Its stagers with pinned memory or a copy in the background need an accelerator, 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, Sta
 
 from benchmarks import peers
 from benchmarks.work import Training
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
 
 
 class Dcp:

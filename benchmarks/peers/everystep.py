@@ -12,9 +12,10 @@ from benchmarks.work import Training
 
 class Everystep:
     name = "everystep"
+    settings = everystep.Settings()
 
     def __init__(self, training: Training, folder: str) -> None:
-        self._repository = everystep.open(folder)
+        self._repository = everystep.open(folder, settings=self.settings)
         self._run = self._repository.run("bench").track(model=training.model, optimizer=training.optimizer)
 
     def save(self, step: int) -> None:
@@ -32,3 +33,10 @@ class Everystep:
 
     def close(self) -> None:
         self._run.close()
+
+
+class EverystepAlone(Everystep):
+    """Each checkpoint by itself, not as a difference to the one before: more bytes, less work."""
+
+    name = "everystep, no deltas"
+    settings = everystep.Settings(base_depth_max=0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from everystep.errors import Conflict, UsageError
+from everystep.errors import CheckpointRetired, Conflict, UsageError
 from everystep.metrics import number
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
@@ -163,10 +163,17 @@ class Checkpoint:
 
         Raises:
             Conflict: if another checkpoint has the name; `move=True` moves it.
+            CheckpointRetired: if it has been dropped.
         """
         check_tag(name)
 
         def decide(history: Any) -> list[Any] | None:
+            if self.id not in history.live:
+                raise CheckpointRetired(
+                    f"the checkpoint of step {self.step} has been dropped",
+                    where=self._run.name,
+                    do="tag one that is kept, or bring this one back first: undo()",
+                )
             holder = history.tags.get(name)
             if holder == self.id:
                 return None

@@ -6,7 +6,18 @@ from collections.abc import Callable
 
 from everystep.errors import Conflict, Error, RunTakenOver
 from everystep.rules import Rule
-from everystep.upkeep import DROP, THIN, Decision, Freed, collect, drop_events, drops_most, kept_of, plan
+from everystep.upkeep import (
+    DROP,
+    THIN,
+    Decision,
+    Freed,
+    check_readable,
+    collect,
+    drop_events,
+    drops_most,
+    kept_of,
+    plan,
+)
 from everystep.vault import History, RunVault
 
 ASK_FROM = 4
@@ -27,10 +38,12 @@ def forget(
 
     Raises:
         Conflict: if the plan drops more than half, and `force` is not given.
+        Damaged: if part of the log cannot be read.
     """
     decided: list[Decision] = []
 
     def decide(history: History) -> list[object] | None:
+        check_readable(history, vault.where)
         decided[:] = plan(kept_of(history), keep, keep_full)
         if drops_most(decided) and not (force or dry_run):
             dropped = sum(one.action == DROP for one in decided)
@@ -73,8 +86,8 @@ class Keeper:
             return [*said, *self._check_quota()]
         except RunTakenOver:
             return []  # the next save says so
-        except Error as error:
-            return [f"old checkpoints could not be freed: {error}"]
+        except Exception as error:  # noqa: BLE001  the writer's thread must live, and somebody must hear of it
+            return [f"old checkpoints could not be freed: {error if isinstance(error, Error) else repr(error)}"]
 
     def make_room(self) -> bool:
         """Whether something could be freed that was only held so that it can be brought back."""
@@ -85,6 +98,7 @@ class Keeper:
 
         def decide(history: History) -> list[object] | None:
             self._fence(history)
+            check_readable(history, self._vault.where)
             decided[:] = plan(kept_of(history), self._keep, self._keep_full)
             return None if self._too_many(decided) else drop_events(decided, "the run's rules", 0.0) or None
 

@@ -195,7 +195,7 @@ class Run(PastRun):
 
     def _warn_of_new_line(self, writer: Writer, step: int) -> None:
         latest = self._vault.log.history.latest
-        if writer.parent is None and latest is not None:
+        if writer.parent is None and latest is not None and not writer.in_doubt:
             self._warn(
                 f"it goes up to step {latest.event.step}, and step {step} continues none of it: a new line begins "
                 "(resume() first, to go on from there)"

@@ -237,7 +237,7 @@ class Seam:
         state, started = _life(other.pid)
         # One that has ended and was not waited for by its parent still has its entry; one whose entry may not be
         # read lives, as far as can be known.
-        return state in ("Z", "X") or (started != "" and started != other.started)
+        return state in ("Z", "X") or ("" not in (started, other.started) and started != other.started)
 
     def environ(self, name: str) -> str | None:
         return os.environ.get(name)

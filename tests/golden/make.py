@@ -21,8 +21,11 @@ from blake3 import blake3
 import everystep
 from everystep.seam import Process, Seam
 
-# A chunk is 4096 bytes at most, and nothing is compressed: the bytes do not depend on the version of zstd.
-PLAIN = everystep.Settings(chunk_bytes_max=4096, small_leaf_bytes=1024, sample_bytes=0, worth_ratio=0.0)
+# A chunk is 4096 bytes at most, nothing is compressed and nothing leans on a base: the bytes depend on no version of
+# zstd, and on no estimate of what pays.
+PLAIN = everystep.Settings(
+    chunk_bytes_max=4096, small_leaf_bytes=1024, sample_bytes=0, worth_ratio=0.0, base_depth_max=0
+)
 SMALL = everystep.Settings(chunk_bytes_max=4096, small_leaf_bytes=1024, sample_bytes=256)
 RANKS = 2
 KINDS = "größe/1.x"
@@ -142,6 +145,45 @@ def make_kinds(folder: str) -> None:
     run.close()
 
 
+DELTAS = 11
+
+
+def delta_states() -> Iterator[dict[str, Any]]:
+    """Leaves that change a little at each step, leaves that change at some, and one that never does."""
+    random = np.random.Generator(np.random.PCG64(7))
+    wide = (random.normal(size=3000) * np.exp(3 * random.normal(size=3000))).astype("<f4")
+    floats = random.normal(size=400)
+    integers = np.cumsum(random.integers(0, 5, 400))
+    table = random.integers(0, 256, 1200, "u1")
+    for step in range(1, DELTAS + 1):
+        floats *= 1 + 1e-4 * random.normal(size=400)
+        integers[:: 1 + step] += step % 3
+        if step in (2, 3, 4, 10):
+            wide += (1e-5 * random.normal(size=3000)).astype("<f4")
+            table[random.integers(0, 1200, 20)] ^= 1
+        yield {
+            "wide": wide.copy(),
+            "floats": {name: floats.astype(name) for name in ("<f2", "<f8")},
+            "bfloat16": floats.astype(ml_dtypes.bfloat16),
+            "float8": (np.repeat(floats, 3) + step).astype(ml_dtypes.float8_e4m3fn),
+            "integers": {name: integers.astype(name) for name in ("<i2", "<u4", "<i8", ">i4")},
+            "table": table.copy(),
+            "still": np.arange(300, dtype="<f4"),
+            "optimizer": {"m": (floats * 0.1).astype("<f4")},
+            "step": step,
+        }
+
+
+def make_deltas(folder: str) -> None:
+    """Chains of checkpoints that lean on each other, longer than a chain may be."""
+    settings = replace(SMALL, chunk_bytes_max=32768, small_leaf_bytes=1000)
+    run = opened(folder, settings).run("deltas")
+    run.track(rng=False)
+    for step, state in enumerate(delta_states(), 1):
+        run.save(step, state=state).wait()
+    run.close()
+
+
 def rank_state(step: int, rank: int) -> dict[str, Any]:
     """A leaf in two boxes, one that each rank has whole, and one of this rank alone."""
     half = np.full((4, 300), 10 * step + rank, "<f4")
@@ -213,6 +255,7 @@ def main(folder: Path) -> None:
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
             (folder / key).write_bytes(body)
         make_kinds(str(folder))
+        make_deltas(str(folder))
         make_ranks(str(folder))
     text = json.dumps(listing(str(folder)), indent=1, ensure_ascii=False)
     folder.with_suffix(".json").write_text(text + "\n", encoding="utf-8")

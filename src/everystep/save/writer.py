@@ -153,6 +153,11 @@ class Writer:
     def busy(self) -> bool:
         return self._job is not None
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether a save that failed may have landed all the same; then it is the parent of the next."""
+        return self._in_doubt is not None
+
     def wait(self) -> None:
         """Until nothing is under way."""
         with self._condition:
@@ -240,6 +245,7 @@ class Writer:
         except StorageFull:
             if self.ranks > 1 or not self._keeper.make_room():
                 raise
+            self._settle_doubt()  # the record itself may have landed
             draft = replace(draft, id=self._vault.seam.token(8))
             id, stored = self._write(job, draft)
         if self.rank == 0 and id != draft.id:
@@ -277,6 +283,8 @@ class Writer:
         others = commits.gather(self._vault, self.term, draft) if self.ranks > 1 else []
         content = "|".join([part.content, *(receipt.content for receipt in others)])
         before = self.term.steps.get(job.step)
+        if before is not None and before[1] not in self._vault.log.history.live:
+            before = None  # dropped since: what is asked for is not there any more
         if before is not None and before[0] != content:
             raise _saved_before(job.step, self._vault.where)
         attached = {name: _attach(part, body) for name, body in job.attachments.items()}

@@ -119,6 +119,8 @@ class Fields(collections.OrderedDict[str, Any]):
 
 def key_text(key: Any) -> str:
     """A dict key or list index as one part of a path: without "/", and text that JSON can hold."""
+    if type(key) is str and key.isascii() and not ("%" in key or "/" in key) and 0 < len(key) <= KEY_TEXT_MAX:
+        return key if key[0] != "[" else "%5B" + key[1:]  # nearly all keys: .2 µs instead of .6
     text = _escape(key) if type(key) is str else f"[{_escape(_literal(key))}]"
     if len(text) > KEY_TEXT_MAX:
         text = text[:KEY_TEXT_MAX] + "…"
@@ -223,23 +225,23 @@ class _Flattener:
 
     def _foreign(self, value: Any, path: str, role: str, depth: int) -> None:
         found = self.describe(value, path)
-        if isinstance(found, Composite):
-            self._record("composite", found.kind, found.parts, path, role, depth)
-        elif isinstance(found, Described):
+        if isinstance(found, Described):
             self.nodes.append(["leaf", self._leaf(found, path, role)])
+        elif isinstance(found, Composite):
+            self._record("composite", found.kind, found.parts, path, role, depth)
         elif plain.is_plain(found) and found is not None:
             self.visit(found, path, role, depth)
         else:
             raise refuse(value, path)
 
     def _leaf(self, found: Described, path: str, role: str) -> int:
-        if found.identity is not None and found.identity in self.known:
-            return self.known[found.identity]
         index = len(self.leaves)
+        if found.identity is not None:
+            first = self.known.setdefault(found.identity, index)
+            if first != index:
+                return first
         self.leaves.append(Leaf(path, found.dtype, found.shape, role, found.kind, found.boxes))
         self.payloads.append(found.payload)
-        if found.identity is not None:
-            self.known[found.identity] = index
         return index
 
     def _long_text(self, value: bytes | str, path: str, role: str) -> None:

@@ -1,6 +1,6 @@
 """Look after a repository: check it, drop and thin what rules do not keep, free what nothing needs."""
 
-from everystep.upkeep.collect import Freed, bring_back, can_return, collect, drop_events, kept_of
+from everystep.upkeep.collect import Freed, bring_back, can_return, check_readable, collect, drop_events, kept_of
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
 from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
 
@@ -16,6 +16,7 @@ __all__ = [
     "Kept",
     "bring_back",
     "can_return",
+    "check_readable",
     "check_repository",
     "collect",
     "drop_events",

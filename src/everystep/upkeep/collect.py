@@ -43,6 +43,19 @@ def kept_of(history: History) -> list[Kept]:
     return sorted(found, key=lambda one: tip is not None and one.id == tip.event.id)
 
 
+def check_readable(history: History, where: str) -> None:
+    """
+    Raises:
+        Damaged: if part of the log cannot be read: a commit, a tag or a metric in it may hold what nothing else holds.
+    """
+    if history.damaged:
+        raise Damaged(
+            "part of the log cannot be read, and what it holds is not known",
+            where=where,
+            do="nothing was dropped or freed; run fsck, and bring the damaged records back from a copy",
+        )
+
+
 def drop_events(decisions: Sequence[Decision], reason: str, undo_seconds: float) -> list[Any]:
     """A plan as events."""
     events: list[Any] = []
@@ -92,12 +105,7 @@ def collect(vault: RunVault, author: str, *, at_once: bool = False) -> Freed:
     pending = set[PackName]()
 
     def decide(history: History) -> list[Any] | None:
-        if history.damaged:
-            raise Damaged(
-                "part of the log cannot be read, and what it needs is not known",
-                where=vault.where,
-                do="nothing was freed; run fsck, and bring the damaged records back from a copy",
-            )
+        check_readable(history, vault.where)
         needed = _needed(history)
         undoable = set() if at_once else _undoable(vault, history)
         pending.clear()
