@@ -114,6 +114,11 @@ def free_pages(folder: str, nbytes: int) -> None:
     os.unlink(path)
 
 
+def folder_bytes(folder: str) -> int:
+    """The lengths of all files below a folder."""
+    return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
+
+
 # results -------------------------------------------------------------------------------------------------------------
 
 

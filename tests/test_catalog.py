@@ -34,8 +34,8 @@ def entry(step: int, metrics: dict[str, Any]) -> Entry:
 def catalog() -> Catalog:
     made = Catalog(":memory:", REAL)
     entries = [entry(step, metrics) for step, metrics in ROWS]
-    made.absorb("run", Absorbed(5, "head", b"fold"), entries, [], {"best": "id200", "last": "id500"})
-    made.absorb("other", Absorbed(1, "x", b""), [entry(100, {"val_loss": 0.0})], [], {"best": "id100"})
+    made.absorb("run", Absorbed(5, "head"), entries, [], {"best": "id200", "last": "id500"})
+    made.absorb("other", Absorbed(1, "x"), [entry(100, {"val_loss": 0.0})], [], {"best": "id100"})
     return made
 
 
@@ -101,11 +101,11 @@ def test_rank(catalog: Catalog) -> None:
 
 def test_absorbing_more(catalog: Catalog) -> None:
     changed = [entry(100, {"val_loss": 0.1}), entry(600, {"val_loss": 0.05})]
-    catalog.absorb("run", Absorbed(7, "newer", b"2"), changed, ["id200"], {"best": "id600"})
-    assert catalog.recall("run") == Absorbed(7, "newer", b"2")
+    catalog.absorb("run", Absorbed(7, "newer"), changed, ["id200"], {"best": "id600"})
+    assert catalog.recall("run") == Absorbed(7, "newer")
     assert catalog.rank("run", "val_loss", "min", 9) == ["id600", "id100", "id400"]
     assert catalog.query("run", parse('tag == "best"')) == ["id600"]
-    catalog.absorb("run", Absorbed(1, "anew", b""), [entry(700, {})], [], {}, anew=True)
+    catalog.absorb("run", Absorbed(1, "anew"), [entry(700, {})], [], {}, anew=True)
     assert catalog.query("run", parse("step > 0")) == ["id700"]
     assert catalog.query("other", parse("step > 0")) == ["id100"]
 
@@ -113,8 +113,8 @@ def test_absorbing_more(catalog: Catalog) -> None:
 def test_a_file_is_shared_and_kept(tmp_path: Path) -> None:
     path = str(tmp_path / "c.sqlite")
     first, second = Catalog(path, REAL), Catalog(path, REAL)
-    first.absorb("run", Absorbed(1, "a", b"x"), [entry(100, {"acc": 1})], [], {})
-    assert second.recall("run") == Absorbed(1, "a", b"x")
+    first.absorb("run", Absorbed(1, "a"), [entry(100, {"acc": 1})], [], {})
+    assert second.recall("run") == Absorbed(1, "a")
     first.close()
     second.close()
     assert Catalog(path, REAL).rank("run", "acc", "max", 1) == ["id100"]

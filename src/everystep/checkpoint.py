@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
+from everystep.difference import Difference, Side, compare
 from everystep.errors import CheckpointRetired, Conflict, UsageError
 from everystep.metrics import number
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, paths_of
-from everystep.schema.plain import encode_metric
-from everystep.vault import Committed
-from everystep.vault.record import Metrics, Tag
-
-if TYPE_CHECKING:
-    from everystep.past import PastRun
+from everystep.schema.plain import decode, encode_metric
+from everystep.vault import Committed, History, RunVault
+from everystep.vault.record import Metrics, Note, Tag
 
 STATE, RNG, LOOP = "state", "rng", "loop"
 RESERVED = (STATE, RNG, LOOP)
@@ -26,12 +25,12 @@ RESERVED = (STATE, RNG, LOOP)
 class Checkpoint:
     """Immutable. Made by a run; reading it verifies every byte that is asked for."""
 
-    def __init__(self, run: PastRun, commit: Committed) -> None:
-        self._run, self._commit = run, commit
+    def __init__(self, vault: RunVault, commit: Committed) -> None:
+        self._vault, self._commit = vault, commit
         self._opened: Opened | None = None
 
     def __repr__(self) -> str:
-        return f"<Checkpoint {self._run.name}@{self.step} {self.id}>"
+        return f"<Checkpoint {self._vault.name}@{self.step} {self.id}>"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Checkpoint) and self.id == other.id
@@ -42,6 +41,11 @@ class Checkpoint:
     @property
     def id(self) -> str:
         return self._commit.event.id
+
+    @property
+    def run(self) -> str:
+        """Name of its run."""
+        return self._vault.name
 
     @property
     def step(self) -> int:
@@ -66,16 +70,16 @@ class Checkpoint:
     @property
     def metrics(self) -> dict[str, Any]:
         """Metrics of exactly this step: those given at the save, and later ones."""
-        return self._run._history().metrics_of(self.id)
+        return self._vault.history().metrics_of(self.id)
 
     @property
     def tags(self) -> list[str]:
-        return sorted(name for name, id in self._run._history().tags.items() if id == self.id)
+        return sorted(name for name, id in self._vault.history().tags.items() if id == self.id)
 
     @property
     def thin(self) -> bool:
         """Whether its optimizer state has been dropped."""
-        return self.id in self._run._history().thin
+        return self.id in self._vault.history().thin
 
     @property
     def cost(self) -> dict[str, float]:
@@ -86,7 +90,7 @@ class Checkpoint:
     @property
     def environment(self) -> dict[str, Any]:
         """Fingerprint of the process that saved it."""
-        opened = self._run._history().opened.get(self._commit.term)
+        opened = self._vault.history().opened.get(self._commit.term)
         return dict(opened.environment) if opened is not None else {}
 
     @property
@@ -105,12 +109,8 @@ class Checkpoint:
         The paths are those that `load(only=…)` takes.
         """
         opened = self._open()
-        found: dict[str, Leaf] = {}
-        for view in opened.manifest.views:
-            for leaf in view.tree.leaves:
-                found.setdefault(leaf.path, leaf)
         base = self._base(opened)
-        return [msgspec.structs.replace(leaf, path=_above(base, leaf.path)) for leaf in found.values()]
+        return [msgspec.structs.replace(leaf, path=_above(base, leaf.path)) for leaf in opened.leaves()]
 
     def load(
         self,
@@ -139,7 +139,7 @@ class Checkpoint:
         if into is not None:
             if only is not None:
                 raise UsageError("only= and into= say the same thing twice", do="leave only= out")
-            where = f"{self._run.name}@{self.step}"
+            where = f"{self._vault.name}@{self.step}"
             return place_tracked(opened, into, strict=strict, whole=False, where=where, progress=progress)
         base = self._base(opened)
         if only is None:
@@ -167,13 +167,8 @@ class Checkpoint:
         """
         check_tag(name)
 
-        def decide(history: Any) -> list[Any] | None:
-            if self.id not in history.live:
-                raise CheckpointRetired(
-                    f"the checkpoint of step {self.step} has been dropped",
-                    where=self._run.name,
-                    do="tag one that is kept, or bring this one back first: undo()",
-                )
+        def decide(history: History) -> list[Any] | None:
+            self._check_live(history)
             holder = history.tags.get(name)
             if holder == self.id:
                 return None
@@ -181,23 +176,85 @@ class Checkpoint:
                 step = history.commits[holder].event.step
                 raise Conflict(
                     f"the tag {name!r} is on step {step}",
-                    where=self._run.name,
+                    where=self._vault.name,
                     do="choose another name, or pass move=True to move it here",
                 )
             return [Tag(name, self.id)]
 
-        self._run._append(decide)
+        self._append(decide)
         return self
+
+    def tag_version(self, name: str) -> str:
+        """Tags this checkpoint as the next version of a name: `best_model_v1`, then `best_model_v2`, and so on.
+
+        A number is never used twice, even if its tag was taken away. A checkpoint that is the newest version already
+        stays that.
+
+        Returns:
+            The tag.
+
+        Raises:
+            CheckpointRetired: if it has been dropped.
+        """
+        check_tag(name)
+        found: list[str] = []
+
+        def decide(history: History) -> list[Any] | None:
+            self._check_live(history)
+            newest = max(versions_of(name, history.tags_ever), default=0)
+            if newest and history.tags.get(f"{name}_v{newest}") == self.id:
+                found[:] = [f"{name}_v{newest}"]
+                return None
+            found[:] = [f"{name}_v{newest + 1}"]
+            return [Tag(found[0], self.id)]
+
+        self._append(decide)
+        return found[0]
+
+    def note(self, text: str) -> Checkpoint:
+        """Adds a note to this checkpoint. Never takes the run over."""
+        self._append(lambda history: [Note(text, self.id)])
+        return self
+
+    @property
+    def notes(self) -> list[str]:
+        return [text for id, text in self._vault.history().notes if id == self.id]
+
+    def diff(self, other: Checkpoint, *, only: str | None = None, progress: Progress | None = None) -> Difference:
+        """What changed from this checkpoint to another, of this run or of any other.
+
+        Args:
+            only: a path: the part of the state to compare.
+            progress: told the number of bytes as they come in. Leaves that are known to be equal are not read.
+        """
+        mine, theirs = self._side(), other._side()
+        return compare(mine, theirs, only=only, progress=progress)
+
+    def _side(self) -> Side:
+        opened = self._open()
+        config = {name: decode(value) for name, value in self._vault.history().config.items()}
+        return Side(opened, self._base(opened), config, self.environment, self.metrics)
+
+    def _check_live(self, history: History) -> None:
+        if self.id not in history.live:
+            raise CheckpointRetired(
+                f"the checkpoint of step {self.step} has been dropped",
+                where=self._vault.name,
+                do="tag one that is kept, or bring this one back first: undo()",
+            )
+
+    def _append(self, decide: Callable[[History], list[Any] | None]) -> None:
+        self._vault.log.append(decide, self._vault.author)
 
     def record(self, **metrics: Any) -> Checkpoint:
         """Adds metrics that came after the save. Never takes the run over."""
         late = {name: encode_metric(number(name, value), name) for name, value in metrics.items()}
-        self._run._append(lambda history: [Metrics(self.id, late)])
+        self._append(lambda history: [Metrics(self.id, late)])
         return self
 
     def _open(self) -> Opened:
         if self._opened is None:
-            self._opened = open_checkpoint(self._run._vault, self._commit)
+            self._opened = open_checkpoint(self._vault, self._commit)
         return self._opened
 
     def _base(self, opened: Opened) -> str:
@@ -243,3 +300,9 @@ def check_tag(name: str) -> None:
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )
+
+
+def versions_of(name: str, tags: Iterable[str]) -> list[int]:
+    """The numbers behind a name among tags such as `best_model_v2`."""
+    found = (re.fullmatch(re.escape(name) + r"_v([1-9][0-9]{0,8})", tag) for tag in tags)
+    return sorted(int(match[1]) for match in found if match)

@@ -6,6 +6,8 @@ import platform
 import sys
 from typing import Any
 
+from everystep import adapters
+from everystep.errors import UsageError
 from everystep.seam import Seam
 from everystep.settings import VERSION
 
@@ -77,3 +79,25 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
         elif before != after:
             found.append(f"{name}: was {before}, is {after}")
     return found
+
+
+def find_place(seam: Seam, asked: tuple[int | None, int | None, str | None], when_busy: str) -> tuple[int, int, str]:
+    """(rank, ranks, launch id) as asked for, or as the framework's process group says.
+
+    Raises:
+        UsageError: for what cannot be.
+    """
+    world = adapters.world()
+    rank = world[0] if asked[0] is None else asked[0]
+    ranks = world[1] if asked[1] is None else asked[1]
+    if not 0 <= rank < ranks:
+        raise UsageError(f"rank {rank} of {ranks} does not exist", do="ranks count from 0")
+    launch = asked[2] or launch_id(seam)
+    if ranks > 1 and launch is None:
+        raise UsageError(
+            "several ranks need a launch id to find each other",
+            do="launch=…, the same on every rank and another at each start: a job id and its count of restarts",
+        )
+    if ranks > 1 and when_busy == "skip":
+        raise UsageError('when_busy="skip" could skip on one rank and not on another', do='when_busy="wait"')
+    return rank, ranks, launch or "alone"

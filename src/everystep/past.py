@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
-from everystep.checkpoint import Checkpoint
+from everystep.asking import ask, rank
+from everystep.checkpoint import Checkpoint, versions_of
 from everystep.errors import Damaged, DamageWarning, NotFound, UsageError
 from everystep.keeping import forget
 from everystep.restore import read_attachment
-from everystep.rules import Rule, better, check_rule, mode_of
+from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
 from everystep.seam import Process
 from everystep.upkeep import Decision, Freed, bring_back, can_return, collect
@@ -93,25 +95,68 @@ class PastRun:
             if better(value, found[0] if found else None, str(mode)):
                 found = value, commit
         if found is None:
-            names = {name for id in history.live for name in history.metrics_of(id)}
-            near = difflib.get_close_matches(metric, names, 3) or sorted(names)[:5]
-            raise self._missing(history, f"no checkpoint with a metric {metric!r}", near)
+            raise self._no_metric(history, metric)
         self._warn_damage(history)
         return self._checkpoint(found[1])
 
+    def query(self, condition: str, *, all: bool = False) -> list[Checkpoint]:
+        """Checkpoints of the current line (with `all`, of every line) that meet a condition, by step.
+
+        `val_loss < 0.3 and step > 500`, `tag == "best" or not lr >= 1e-3`: names are metrics, or step, time, term, id,
+        parent, reason, thin, raw_bytes, stored_bytes, stall_seconds, tag. A checkpoint without a metric never meets a
+        comparison of it.
+
+        Raises:
+            UsageError: for what is no condition, or a metric that no checkpoint has, naming near ones.
+        """
+        history = self._history()
+        self._warn_damage(history)
+        wanted = None if all else {commit.event.id for commit in history.line()}
+        found = ask(self._vault, history, condition)
+        return [self._checkpoint(history.commits[id]) for id in found if wanted is None or id in wanted]
+
+    def ranking(self, metric: str, mode: str | None = None, *, limit: int = 10) -> list[Checkpoint]:
+        """The checkpoints of every line with the best values of a metric, best first; the earlier of equals first.
+
+        Args:
+            mode: "min" or "max"; needed where the metric's name does not say.
+
+        Raises:
+            NotFound: if no checkpoint has the metric, naming those there are.
+        """
+        mode = mode_of(metric, mode)
+        history = self._history()
+        found = rank(self._vault, history, metric, mode, limit)
+        if not found:
+            raise self._no_metric(history, metric)
+        self._warn_damage(history)
+        return [self._checkpoint(history.commits[id]) for id in found]
+
     def tagged(self, name: str) -> Checkpoint:
-        """The checkpoint with a tag.
+        """The checkpoint with a tag; of a name with versions (`best_model_v1` …), the newest version.
 
         Raises:
             NotFound: naming the tags there are.
         """
         history = self._history()
-        id = history.tags.get(name)
-        if id is None or id not in history.live:
+        id = self._holder(history, name)
+        if id is None:
             near = difflib.get_close_matches(name, history.tags, 3) or sorted(history.tags)[:5]
             raise self._missing(history, f"no tag {name!r}", near)
         self._warn_damage(history)  # a record that cannot be read may have moved it
         return self._checkpoint(history.commits[id])
+
+    def _holder(self, history: History, name: str) -> str | None:
+        """The live checkpoint that a tag, or the newest version of a name, is on."""
+        live = {tag: id for tag, id in history.tags.items() if id in history.live}
+        newest = max(versions_of(name, live), default=0)
+        return live.get(name) or live.get(f"{name}_v{newest}")
+
+    def versions(self, name: str) -> dict[int, Checkpoint]:
+        """The versions of a name that `tag_version` gave, by number."""
+        history = self._history()
+        live = {tag: id for tag, id in history.tags.items() if id in history.live}
+        return {n: self._checkpoint(history.commits[live[f"{name}_v{n}"]]) for n in versions_of(name, live)}
 
     def find(self, spec: str) -> Checkpoint:
         """The checkpoint for what stands behind `@` on a command line: a step, latest, best:METRIC, a tag, an id.
@@ -128,6 +173,8 @@ class PastRun:
             if latest is None:
                 raise NotFound("the run has no checkpoint yet", where=self.name)
             return latest
+        if spec == "best" and (metric := self._only_metric()) is not None:
+            return self.best(metric)
         if spec in ("", "best", "best:"):
             raise UsageError(
                 f"{spec!r} does not say which checkpoint", where=f"{self.name}@{spec}", do=f"one of {_SPECS}"
@@ -135,7 +182,7 @@ class PastRun:
         if spec.startswith("best:"):
             return self._find_best(spec)
         history = self._history()
-        if history.tags.get(spec) in history.live:
+        if self._holder(history, spec) is not None:
             return self.tagged(spec)
         is_step = spec.isascii() and spec.isdigit() and len(spec) < 19
         if is_step and any(history.commits[id].event.step == int(spec) for id in history.live):
@@ -154,6 +201,17 @@ class PastRun:
         near = difflib.get_close_matches(spec, history.tags, 3) or sorted(history.tags)[:5]
         tags = f"; tags here: {', '.join(near)}" if near else ""
         raise self._missing(history, f"no checkpoint {spec!r}", do=f"one of {_SPECS}{tags}")
+
+    def _only_metric(self) -> str | None:
+        """The one metric of the checkpoints of which it is known which way is better; of several, what validates."""
+        history = self._history()
+        names = {name for commit in history.line() for name in history.metrics_of(commit.event.id)}
+        known = [name for name in names if known_mode(name) is not None]
+        validating = [name for name in known if re.match(r"val|eval|test", name)]
+        for found in (validating, known):
+            if len(found) == 1:
+                return found[0]
+        return None
 
     def _find_best(self, spec: str) -> Checkpoint:
         metric, _, mode = spec.removeprefix("best:").partition(":")
@@ -187,7 +245,7 @@ class PastRun:
         """
         window = self._vault.settings.undo_seconds if undo_seconds is None else undo_seconds
         found = [check_rule(rule, "a rule of forget()") if rule is not None else None for rule in (keep, keep_full)]
-        return forget(self._vault, self._author(), *found, dry_run=dry_run, force=force, undo_seconds=window)
+        return forget(self._vault, self._vault.author, *found, dry_run=dry_run, force=force, undo_seconds=window)
 
     @property
     def dropped(self) -> list[Checkpoint]:
@@ -209,7 +267,7 @@ class PastRun:
                 "nothing that was dropped can be brought back", where=self._vault.where, do="look at what is kept: log"
             )
         ids = [id for id, slot in slots.items() if slot == max(slots.values())]
-        bring_back(self._vault, ids, self._author())
+        bring_back(self._vault, ids, self._vault.author)
         return [self._checkpoint(history.commits[id]) for id in ids]
 
     def prune(self, *, now: bool = False) -> Freed:
@@ -218,7 +276,7 @@ class PastRun:
         Args:
             now: also what could still be brought back.
         """
-        return collect(self._vault, self._author(), at_once=now)
+        return collect(self._vault, self._vault.author, at_once=now)
 
     def note(self, text: str) -> None:
         """Adds a note to the run. Never takes it over."""
@@ -226,7 +284,8 @@ class PastRun:
 
     @property
     def notes(self) -> list[str]:
-        return [text for _, text in self._history().notes]
+        """Of the run; those of a checkpoint are its own."""
+        return [text for id, text in self._history().notes if id is None]
 
     @property
     def tags(self) -> dict[str, Checkpoint]:
@@ -236,6 +295,11 @@ class PastRun:
             for name, id in sorted(history.tags.items())
             if id in history.live
         }
+
+    @property
+    def origins(self) -> list[dict[str, Any]]:
+        """The other runs' checkpoints that this run began with: run, id, step, and `only` (names; empty: all)."""
+        return [msgspec.structs.asdict(origin) for origin in self._history().origins]
 
     @property
     def config(self) -> Any:
@@ -313,15 +377,16 @@ class PastRun:
         return self._vault.history()
 
     def _checkpoint(self, commit: Committed) -> Checkpoint:
-        return Checkpoint(self, commit)
+        return Checkpoint(self._vault, commit)
 
     def _append(self, decide: Callable[[History], list[Any] | None]) -> None:
         """An event that needs no term: a tag, a note, a late metric."""
-        self._vault.log.append(decide, self._author())
+        self._vault.log.append(decide, self._vault.author)
 
-    def _author(self) -> str:
-        process = self._vault.seam.process()
-        return f"{process.host}:{process.pid}"
+    def _no_metric(self, history: History, metric: str) -> NotFound | Damaged:
+        names = {name for id in history.live for name in history.metrics_of(id)}
+        near = difflib.get_close_matches(metric, names, 3) or sorted(names)[:5]
+        return self._missing(history, f"no checkpoint with a metric {metric!r}", near)
 
     def _missing(self, history: History, what: str, near: Sequence[Any] = (), *, do: str = "") -> NotFound | Damaged:
         if history.damaged:

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from everystep.checkpoint import Checkpoint
 from everystep.errors import NotFound, UsageError
 from everystep.past import PastRun
 from everystep.rules import Rule
@@ -61,6 +62,24 @@ class Repository:
                 do=f"runs here: {', '.join(near)}" if near else "the first save of a run makes it",
             )
         return past
+
+    def query(self, condition: str, *, all: bool = False) -> list[Checkpoint]:
+        """Checkpoints of every run that meet a condition, by run and step; see `PastRun.query`.
+
+        Raises:
+            UsageError: for what is no condition, or a metric that no run has.
+        """
+        found: list[Checkpoint] = []
+        unknown: list[UsageError] = []
+        runs = self.runs()
+        for name in runs:
+            try:
+                found += self[name].query(condition, all=all)
+            except UsageError as error:  # another run may have that metric
+                unknown.append(error)
+        if unknown and len(unknown) == len(runs):
+            raise unknown[0]
+        return found
 
     def run(
         self,

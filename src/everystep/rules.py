@@ -33,16 +33,24 @@ def mode_of(metric: str, mode: str | None) -> str:
         return mode
     if mode is not None:
         raise UsageError(f"mode={mode!r} is not known", do='"min" or "max"')
+    known = known_mode(metric)
+    if known is not None:
+        return known
+    raise UsageError(
+        f"is a higher {metric!r} better, or a lower one? Its name does not say",
+        do=f'pass mode="min" or mode="max" with {metric!r}',
+    )
+
+
+def known_mode(metric: str) -> str | None:
+    """ "min" or "max" as a metric's name says; None if it does not."""
     words = [word for word in re.split(r"[^a-z0-9]+", metric.lower()) if word]
     for word in reversed(words):
         if word in _LOWER:
             return "min"
         if word in _HIGHER:
             return "max"
-    raise UsageError(
-        f"is a higher {metric!r} better, or a lower one? Its name does not say",
-        do=f'pass mode="min" or mode="max" with {metric!r}',
-    )
+    return None
 
 
 def better(value: float, than: float | None, mode: str) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from everystep import adapters, rules
 from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
 from everystep.config import RunConfig
-from everystep.environment import differences, fingerprint, launch_id
+from everystep.environment import differences, find_place, fingerprint
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
 from everystep.keeping import Keeper
+from everystep.lineage import check_whole, chosen, find_origin, write_rewind
 from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
 from everystep.past import PastRun
@@ -26,7 +27,7 @@ from everystep.save.writer import Job
 from everystep.schema import LoadReport, Roled
 from everystep.schema.plain import encode
 from everystep.vault import Committed, History, Place, Term
-from everystep.vault.record import Close, Config, Metrics
+from everystep.vault.record import Close, Config, Metrics, Start
 
 
 class Run(PastRun):
@@ -55,7 +56,7 @@ class Run(PastRun):
         if when_busy not in ("wait", "skip"):
             raise UsageError(f"when_busy={when_busy!r} is not known", do='"wait" or "skip"')
         self._asked = (rank, ranks, launch)
-        self.rank, self.ranks, self._launch = self._find_place(place, when_busy)
+        self.rank, self.ranks, self._launch = find_place(place.seam, self._asked, when_busy)
         self.report: LoadReport | None = None
         """What the last resume did."""
         self.stopped: str | None = None
@@ -73,24 +74,8 @@ class Run(PastRun):
         self._writer: Writer | None = None
         self._pid = place.seam.pid()
         self._left: str | None = None
+        self._origin: Start | None = None
         self._forget_exit: Callable[[], None] = lambda: None
-
-    def _find_place(self, place: Place, when_busy: str) -> tuple[int, int, str]:
-        """(rank, ranks, launch id) as asked for, or as the framework's process group says."""
-        world = adapters.world()
-        rank = world[0] if self._asked[0] is None else self._asked[0]
-        ranks = world[1] if self._asked[1] is None else self._asked[1]
-        if not 0 <= rank < ranks:
-            raise UsageError(f"rank {rank} of {ranks} does not exist", do="ranks count from 0")
-        launch = self._asked[2] or launch_id(place.seam)
-        if ranks > 1 and launch is None:
-            raise UsageError(
-                "several ranks need a launch id to find each other",
-                do="launch=…, the same on every rank and another at each start: a job id and its count of restarts",
-            )
-        if ranks > 1 and when_busy == "skip":
-            raise UsageError('when_busy="skip" could skip on one rank and not on another', do='when_busy="wait"')
-        return rank, ranks, launch or "alone"
 
     # what belongs to the run ---------------------------------------------------------------------------------------
 
@@ -189,6 +174,9 @@ class Run(PastRun):
         if self._new_config:
             extra.append(Config(dict(self._new_config)))
             self._new_config.clear()
+        if self._origin is not None:
+            extra.append(self._origin)
+            self._origin = None
         attachments, self._new_attachments = self._new_attachments, {}
         now = self._vault.seam.monotonic()
         return writer.submit(Job(step, taken, own, extra, attachments, reason, now - begun, now), self._by_id)
@@ -265,6 +253,55 @@ class Run(PastRun):
             )
         return 0
 
+    def rewind(self, to: int | str | Checkpoint, *, strict: bool = True) -> int:
+        """Takes the run and goes back on purpose: what is saved next continues from there. The line that is left
+        stays, listed with `checkpoints(all=True)` and loadable.
+
+        Args:
+            to: a step, what stands behind the @ of a command line ("best:val_loss", a tag), or a checkpoint.
+
+        Returns:
+            Its step. What is tracked holds its state, random states and place in the data included.
+
+        Raises:
+            NotFound, CheckpointRetired, Mismatch: accordingly; nothing was changed.
+        """
+        writer = self._open()
+        writer.wait()
+        writer.raise_failed()
+        found = to if isinstance(to, Checkpoint) else self.find(str(to))
+        commit = check_whole(self._history(), found, self._vault.where)
+        if self._tracked:
+            self._resume_from(writer, commit, strict)
+        write_rewind(self._vault, writer.term, commit, self._vault.author, first=self.rank == 0)
+        writer.parent = commit.event.id
+        writer.term.steps.clear()
+        return commit.event.step
+
+    def start_from(
+        self, source: str | Checkpoint, *, only: str | Collection[str] | None = None, strict: bool = True
+    ) -> LoadReport | None:
+        """Begins with the state of another run's checkpoint; the first save records where it came from.
+
+        Args:
+            source: "other@best", "other@1200", a checkpoint of any repository.
+            only: names of what is tracked, if not all of it: only="model" leaves the optimizer fresh.
+            strict: a misfit is an error and changes nothing.
+
+        Returns:
+            What came in. None if this run has a checkpoint already: a restart goes on from that, and nothing happens.
+
+        Raises:
+            NotFound, Mismatch, UsageError: accordingly.
+        """
+        targets = chosen(self._tracked, only)
+        if self._history().latest is not None:
+            return None
+        origin = find_origin(self._vault.place, source)
+        report = origin.load(into=targets, strict=strict)
+        self._origin = Start(origin.run, origin.id, origin.step, [] if only is None else list(targets))
+        return cast(LoadReport, report)
+
     def _resume_from(self, writer: Writer, commit: Committed, strict: bool) -> int:
         opened = open_checkpoint(self._vault, commit)
         where = f"{self.name}@{commit.event.step}"
@@ -300,11 +337,10 @@ class Run(PastRun):
             )
         if self._writer is not None:
             return self._writer
-        self.rank, self.ranks, self._launch = self._find_place(self._vault.place, self._when_busy)
+        self.rank, self.ranks, self._launch = find_place(self._vault.seam, self._asked, self._when_busy)
         term = self._take_term()
-        process = self._vault.seam.process()
         keep, keep_full = self._rules
-        author = f"{process.host}:{process.pid}"
+        author = self._vault.author
         leaning = Leaning.of(self._vault.settings, drops=keep is not None, thins=keep_full is not None)
 
         def fence(history: History) -> None:
@@ -322,7 +358,6 @@ class Run(PastRun):
         if self.rank != 0:
             return join_run(self._vault, self._launch)
         history = self._history()
-        process = self._vault.seam.process()
         return take_run(
             self._vault,
             takeover=self._takeover,
@@ -331,7 +366,7 @@ class Run(PastRun):
             environment=fingerprint(self._vault.seam),
             continues=history.latest.event.id if history.latest else None,
             reason="takeover" if self._takeover else "start",
-            author=f"{process.host}:{process.pid}",
+            author=self._vault.author,
         )
 
     # loops ---------------------------------------------------------------------------------------------------------

@@ -242,6 +242,18 @@ class Seam:
     def environ(self, name: str) -> str | None:
         return os.environ.get(name)
 
+    def cache_folder(self) -> str | None:
+        """Where this user's programs may keep what can be made anew; made if need be, None where there is none."""
+        home = os.path.expanduser("~")
+        kinds = {"darwin": f"{home}/Library/Caches", "win32": os.environ.get("LOCALAPPDATA", "")}
+        general = os.environ.get("XDG_CACHE_HOME") or kinds.get(sys.platform) or f"{home}/.cache"
+        folder = os.environ.get("EVERYSTEP_CACHE") or os.path.join(general, "everystep")
+        try:
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+        except OSError:
+            return None
+        return folder
+
     def ask(self, *command: str, seconds: float = 3.0) -> str | None:
         """What a command prints, or None where it is missing, fails or takes too long."""
         try:

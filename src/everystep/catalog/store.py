@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from everystep.catalog.expression import Condition, near
 from everystep.errors import UsageError
 from everystep.seam import Seam
 
-SCHEMA = 1
+P = ParamSpec("P")
+R = TypeVar("R")
+SCHEMA = 2
 _TABLES = """
-CREATE TABLE runs (run TEXT PRIMARY KEY, slots INTEGER NOT NULL, head TEXT NOT NULL, fold BLOB NOT NULL) STRICT;
+CREATE TABLE runs (run TEXT PRIMARY KEY, slots INTEGER NOT NULL, head TEXT NOT NULL) STRICT;
 CREATE TABLE checkpoints (
     run TEXT NOT NULL, id TEXT NOT NULL, slot INTEGER NOT NULL, step INTEGER NOT NULL, time REAL NOT NULL,
     parent TEXT, term INTEGER NOT NULL, reason TEXT NOT NULL, thin INTEGER NOT NULL, raw_bytes INTEGER NOT NULL,
@@ -50,11 +53,25 @@ class Entry:
 
 @dataclass(frozen=True)
 class Absorbed:
-    """How far a run's log has been read: slots, the head's hash, and the fold of it as bytes."""
+    """How far a run's log has been read: slots, and the head's hash."""
 
     slots: int
     head: str
-    fold: bytes
+
+
+class Lost(Exception):
+    """The tables cannot be used now: locked for long, on a full or broken disk. What they hold can be made anew."""
+
+
+def _guarded(method: Callable[P, R]) -> Callable[P, R]:
+    @wraps(method)
+    def call(*given: P.args, **named: P.kwargs) -> R:
+        try:
+            return method(*given, **named)
+        except sqlite3.Error as error:
+            raise Lost(str(error)) from error
+
+    return call
 
 
 class Catalog:
@@ -62,8 +79,12 @@ class Catalog:
 
     Args:
         path: of the file, or ":memory:" for tables that live with this object.
+
+    Raises:
+        Lost: from each method, where the file cannot be used.
     """
 
+    @_guarded
     def __init__(self, path: str, seam: Seam) -> None:
         self.path, self._lock = path, seam.lock()
         self._connection = self._open(path, seam)
@@ -79,12 +100,14 @@ class Catalog:
                 _remove(seam, name)
             return _connect(path)
 
+    @_guarded
     def recall(self, run: str) -> Absorbed | None:
         """What the last `absorb` left of a run."""
         with self._lock:
-            row = self._connection.execute("SELECT slots, head, fold FROM runs WHERE run = ?", (run,)).fetchone()
+            row = self._connection.execute("SELECT slots, head FROM runs WHERE run = ?", (run,)).fetchone()
         return Absorbed(*row) if row else None
 
+    @_guarded
     def absorb(self, run: str, seen: Absorbed, changed: Iterable[Entry], gone: Iterable[str], tags: dict[str, str],
                *, anew: bool = False) -> None:  # fmt: skip
         """Takes in what a log has gained.
@@ -114,8 +137,9 @@ class Catalog:
             )
             db.execute("DELETE FROM tags WHERE run = ?", (run,))
             db.executemany("INSERT INTO tags VALUES (?, ?, ?)", [(run, name, id) for name, id in tags.items()])
-            db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?)", (run, seen.slots, seen.head, seen.fold))
+            db.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", (run, seen.slots, seen.head))
 
+    @_guarded
     def query(self, run: str, condition: Condition, ids: Sequence[str] | None = None) -> list[str]:
         """Ids of the run's live checkpoints that meet a condition, by step.
 
@@ -138,6 +162,7 @@ class Catalog:
         wanted = None if ids is None else set(ids)
         return [row[0] for row in rows if wanted is None or row[0] in wanted]
 
+    @_guarded
     def rank(self, run: str, metric: str, mode: str, limit: int) -> list[str]:
         """Ids of the live checkpoints with the best values of a metric, best first; the earlier of equals first."""
         order = "ASC" if mode == "min" else "DESC"
@@ -147,6 +172,30 @@ class Catalog:
         )
         with self._lock:
             return [row[0] for row in self._connection.execute(sql, (run, metric, limit))]
+
+    @_guarded
+    def count(self, run: str) -> int:
+        """How many live checkpoints it knows of a run."""
+        with self._lock:
+            row = self._connection.execute("SELECT count(*) FROM checkpoints WHERE run = ?", (run,)).fetchone()
+        return int(row[0])
+
+    @_guarded
+    def holds(self, run: str, entries: Sequence[Entry]) -> bool:
+        """Whether all these are there, just as given."""
+        columns = ", ".join(_COLUMNS)
+        with self._lock:
+            for entry in entries:
+                row = self._connection.execute(
+                    f"SELECT {columns} FROM checkpoints WHERE run = ? AND id = ?", (run, entry.id)
+                ).fetchone()
+                metrics = self._connection.execute(
+                    "SELECT name, value FROM metrics WHERE run = ? AND id = ?", (run, entry.id)
+                ).fetchall()
+                told = {name: _plain(value) for name, value in entry.metrics.items()}
+                if row != tuple(_plain(getattr(entry, name)) for name in _COLUMNS) or dict(metrics) != told:
+                    return False
+        return True
 
     def close(self) -> None:
         with self._lock:

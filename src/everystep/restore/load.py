@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from everystep import adapters
 from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import CheckpointRetired, Damaged, ObjectMissing, UsageError
 from everystep.restore.fetch import Progress, fetch_leaves
-from everystep.schema import Composite, Leaf, Tree, paths_of, select, unflatten, without
-from everystep.vault import Committed, Manifest, RunVault
+from everystep.schema import Composite, Leaf, Region, Tree, paths_of, select, unflatten, without
+from everystep.vault import Committed, Manifest, PartView, RunVault
 from everystep.vault.record import Attach
 
 LIKES = ("numpy", "torch", "saved")
@@ -71,6 +73,53 @@ class Opened:
         built = [_build(tree, data, like, types) for tree in trees]
         whole = built[0]
         for other in built[1:]:
+            whole = _merge(whole, other)
+        return whole
+
+    def leaves(self) -> list[Leaf]:
+        """Every leaf of every rank that is still there; one of several ranks once."""
+        found: dict[str, Leaf] = {}
+        for view in self.manifest.views:
+            for leaf in view.tree.leaves:
+                if not (self.thin and _is_optimizer(leaf)):
+                    found.setdefault(leaf.path, leaf)
+        return list(found.values())
+
+    def arrays(self, paths: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray[Any, Any]]:
+        """path -> the leaf there as an array, whatever else it was."""
+        leaves = {leaf.path: msgspec.structs.replace(leaf, kind="array") for leaf in self.leaves()}
+        with self._open_pool() as pool, _blame(self._vault, self._commit):
+            data = fetch_leaves(self._vault, self.manifest, paths, pool, progress)
+        return {path: numpy_adapter.build(leaves[path], data[path]) for path in paths}
+
+    def print_of(self, leaf: Leaf) -> Any:
+        """Equal for leaves of which it is known, without reading, that all bits are equal."""
+        found = []
+        for view, region in self._regions[leaf.path]:
+            chunks = view.layout.chunks_of(region)
+            start = region.start - view.layout.chunks[chunks[0]].start if chunks else 0
+            hashes = tuple(view.hashes[index].tobytes() for index in chunks)
+            found.append((region.box, start, region.nbytes, hashes))
+        return leaf.dtype, leaf.shape, found
+
+    @cached_property
+    def _regions(self) -> dict[str, list[tuple[PartView, Region]]]:
+        found: dict[str, list[tuple[PartView, Region]]] = {}
+        for view in self.manifest.views:
+            for region in view.layout.regions:
+                found.setdefault(view.tree.leaves[region.leaf].path, []).append((view, region))
+        return found
+
+    def outline(self, path: str = "") -> Any:
+        """The part of the state under a path, with empty arrays in place of its leaves: nothing of them is read.
+
+        Raises:
+            NotFound: naming the nearest paths.
+        """
+        whole, *others = [
+            unflatten(tree, lambda index: np.empty(0), lambda composite: composite.parts) for tree in self._trees(path)
+        ]
+        for other in others:
             whole = _merge(whole, other)
         return whole
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +62,10 @@ class History:
     settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
     missing_ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    tags_ever: set[str] = field(default_factory=set)
+    """Also those that were taken away."""
+    touched: dict[str, int] = field(default_factory=dict)
+    """Checkpoint -> the last slot that said anything of it but a tag."""
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     series: dict[int, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -165,24 +170,31 @@ class History:
         self.ever |= unroll(event.packs)
         self.commits[event.id] = Committed(event, record.seq, record.term, record.time, record.author)
         self.live[event.id] = None
+        self._touch([event.id], record)
+
+    def _touch(self, ids: Iterable[str], record: events.Record) -> None:
+        self.touched.update(dict.fromkeys(ids, record.seq))
 
     def _abandon(self, event: events.Abandon, record: events.Record) -> None:
         self.settled.setdefault((event.nonce, event.ordinal), event.instead)
         self.missing_ranks[(event.nonce, event.ordinal)] = event.missing
 
     def _retire(self, event: events.Retire, record: events.Record) -> None:
+        self._touch(event.ids, record)
         for id in event.ids:
             if id in self.live:
                 del self.live[id]
                 self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds, id in self.thin)
 
     def _thin(self, event: events.Thin, record: events.Record) -> None:
+        self._touch(event.ids, record)
         for id in event.ids:
             if id in self.live and id not in self.thin:
                 self.thin.add(id)
                 self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds)
 
     def _restore(self, event: events.Restore, record: events.Record) -> None:
+        self._touch(event.ids, record)
         for id in event.ids:
             found = self.dropped.pop(id, None)
             if found is not None and not found.was_thin:
@@ -201,8 +213,10 @@ class History:
             self.tags.pop(event.name, None)
         else:
             self.tags[event.name] = event.id
+            self.tags_ever.add(event.name)
 
     def _metrics(self, event: events.Metrics, record: events.Record) -> None:
+        self._touch([event.id], record)
         self.metrics.setdefault(event.id, {}).update({k: plain.decode(v) for k, v in event.metrics.items()})
 
     def _series(self, event: events.Series, record: events.Record) -> None:

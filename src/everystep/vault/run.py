@@ -56,6 +56,12 @@ class RunVault:
         return f"{self.storage.url}/{self.folder}".rstrip("/")
 
     @property
+    def author(self) -> str:
+        """Who this process is, for the records that it writes."""
+        process = self.seam.process()
+        return f"{process.host}:{process.pid}"
+
+    @property
     def log(self) -> Log:
         """The run's log; asking for it creates the repository."""
         if self._log is None:
