@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pytest
 from _retention import DAY, YEAR, Store, based, state_of, whole
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import everystep
 from everystep import Checkpoint, Conflict, NotFound, RunTakenOver
@@ -338,6 +339,7 @@ class Walk(RuleBasedStateMachine):
                 assert whole(checkpoint, self.model.saved[checkpoint.id].number)
                 self.seen["loaded"] += 1
 
+    @invariant()
     def check_step(self) -> None:
         self.seen["steps"] += 1
         model = self.model
@@ -356,6 +358,10 @@ class Walk(RuleBasedStateMachine):
             warnings.simplefilter("ignore", everystep.EverystepWarning)
             for run in (*self.left, self.run):
                 run.close()
+        if sys.exc_info()[0] is None:
+            self.check_end()
+
+    def check_end(self) -> None:
         self.check_loads(self.model.live)
         past = self.store.open()["a"]
         depths = list(based(past.checkpoints(all=True)))
@@ -366,3 +372,21 @@ class Walk(RuleBasedStateMachine):
         past.prune(now=True)
         assert set(self.store.packs()) == self.store.read_by(), "what is left is what loads read, and no more"
         self.check_loads(self.model.live)
+
+
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_random_walks(place: str, tmp_path: Path) -> None:
+    class Here(Walk):
+        seen: Counter[str] = Counter()
+        root = tmp_path
+        folders = itertools.count() if place == "folder" else None
+
+    walks = 7 if place == "memory" else 5
+    run_state_machine_as_test(
+        Here,
+        settings=settings(
+            max_examples=walks, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    print(Here.seen)
+    assert Here.seen["steps"] >= 50 * walks

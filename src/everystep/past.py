@@ -18,7 +18,7 @@ from everystep.restore import read_attachment
 from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
 from everystep.seam import Process
-from everystep.upkeep import Decision, Freed, bring_back, can_return, collect
+from everystep.upkeep import Decision, Freed, RunStats, bring_back, can_return, collect, measure_run
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
 
@@ -277,6 +277,14 @@ class PastRun:
             now: also what could still be brought back.
         """
         return collect(self._vault, self._vault.author, at_once=now)
+
+    def stats(self, progress: Callable[[int, int], None] | None = None) -> RunStats:
+        """What the run takes up: bytes as saved and as stored, by role and by codec. Reads manifests only.
+
+        Args:
+            progress: told (checkpoints done, checkpoints in all).
+        """
+        return measure_run(self._vault, progress)
 
     def note(self, text: str) -> None:
         """Adds a note to the run. Never takes it over."""

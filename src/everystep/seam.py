@@ -9,10 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
@@ -261,6 +262,45 @@ class Seam:
         except (OSError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
+
+    def run_script(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        output: str,
+        seconds: float,
+        heard: Callable[[str], None],
+    ) -> int | None:
+        """Runs a command to its end; its exit code, or None if it was ended, with all it had started, for taking too
+        long. What it prints goes into the file `output`, and to `heard` as it comes."""
+        with open(output, "wb") as sink, open(output, encoding="utf-8", errors="replace") as source:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+                env={**os.environ, **environment}, start_new_session=True,
+            )  # fmt: skip
+            limit = time.monotonic() + seconds
+            try:
+                while True:
+                    try:
+                        return process.wait(0.05)
+                    except subprocess.TimeoutExpired:
+                        heard(source.read())
+                    if time.monotonic() > limit:
+                        return None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                heard(source.read())
+
+    def scratch_folder(self, parent: str | None) -> tempfile.TemporaryDirectory[str]:
+        """A new folder, removed with all in it when the context is left; in the system's place for such, or `parent`."""
+        return tempfile.TemporaryDirectory(prefix="everystep-", dir=parent, ignore_cleanup_errors=True)
+
+    def add_line(self, path: str, line: str) -> None:
+        """Adds a line to a text file that several processes write."""
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
 
     def tell(self, line: str) -> None:
         """A line for the person at the terminal."""

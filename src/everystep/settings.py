@@ -75,9 +75,9 @@ DEFAULT = Settings()
 
 LIMITS: dict[str, tuple[float, float]] = {
     "chunk_bytes_max": (4096, 1 << 30), "small_leaf_bytes": (0, 1 << 62), "pack_bytes_max": (1, 1 << 40),
+    "zstd_level": (1, 22), "sample_bytes": (0, 1 << 30), "worth_ratio": (0, 1),
     "base_ratio": (0, 1), "base_depth_max": (0, 60), "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
-    "undo_seconds": (0, float("inf")), "base_memory_bytes_max": (0, 1 << 62),
-    "zstd_level": (1, 22), "sample_bytes": (0, 1 << 30), "worth_ratio": (0, 1), "workers": (1, 1024),
+    "base_memory_bytes_max": (0, 1 << 62), "undo_seconds": (0, float("inf")), "workers": (1, 1024),
     "put_attempts": (1, 1000), "retry_seconds": (0, 3600), "takeover_seconds": (0, float("inf")),
     "rank_deadline_seconds": (0, float("inf")), "poll_seconds": (0, 3600), "series_steps_max": (1, 1 << 40),
 }  # fmt: skip

@@ -96,9 +96,11 @@ def compare_values(before: Any, after: Any, path: str = "") -> Iterator[ValueCha
         for key in dict.fromkeys((*before, *after)):
             at = f"{path}/{key}" if path else str(key)
             if key not in before:
-                yield ValueChange(at, ADDED, after=after[key])
+                if (value := _plain_part(after[key])) is not None:
+                    yield ValueChange(at, ADDED, after=value)
             elif key not in after:
-                yield ValueChange(at, REMOVED, before=before[key])
+                if (value := _plain_part(before[key])) is not None:
+                    yield ValueChange(at, REMOVED, before=value)
             else:
                 yield from compare_values(before[key], after[key], at)
     elif isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and len(before) == len(after):
@@ -108,6 +110,19 @@ def compare_values(before: Any, after: Any, path: str = "") -> Iterator[ValueCha
         return
     elif not _equal(before, after):
         yield ValueChange(path, CHANGED, before, after)
+
+
+def _plain_part(value: Any) -> Any:
+    """A value without the arrays in it; None if nothing else is."""
+    if isinstance(value, np.ndarray):
+        return None
+    if isinstance(value, dict):
+        kept = {key: part for key, inner in value.items() if (part := _plain_part(inner)) is not None}
+        return kept or (None if value else value)
+    if isinstance(value, (list, tuple)):
+        parts = [part for inner in value if (part := _plain_part(inner)) is not None]
+        return parts or (None if value else value)
+    return value
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -216,7 +216,7 @@ class PartWriter:
         found = self._base.chunk(index, s.base_depth_max) if self._base is not None and ratio is not None else None
         base, old = found if found is not None else (None, None)
         codec, pieces = codecs.encode(
-            data, stream.dtype, s.zstd_level, s.sample_bytes, s.worth_ratio, old, ratio or s.base_ratio
+            data, stream.dtype, s.zstd_level, s.sample_bytes, s.worth_ratio, old, ratio or 0.0
         )
         return _Encoded(hash, None, codec, pieces, base if codec == codecs.DELTA else None)
 

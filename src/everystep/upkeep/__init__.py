@@ -3,6 +3,7 @@
 from everystep.upkeep.collect import Freed, bring_back, can_return, check_readable, collect, drop_events, kept_of
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
 from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
+from everystep.upkeep.stats import RunStats, Share, measure_run
 
 __all__ = [
     "DROP",
@@ -14,6 +15,8 @@ __all__ = [
     "Finding",
     "Freed",
     "Kept",
+    "RunStats",
+    "Share",
     "bring_back",
     "can_return",
     "check_readable",
@@ -22,5 +25,6 @@ __all__ = [
     "drop_events",
     "drops_most",
     "kept_of",
+    "measure_run",
     "plan",
 ]

@@ -101,7 +101,7 @@ def collect(vault: RunVault, author: str, *, at_once: bool = False) -> Freed:
     Raises:
         Damaged: if part of the log cannot be read: it may need what nothing else needs.
     """
-    present = _packs(vault)
+    present = packs_of(vault)
     pending = set[PackName]()
 
     def decide(history: History) -> list[Any] | None:
@@ -115,14 +115,15 @@ def collect(vault: RunVault, author: str, *, at_once: bool = False) -> Freed:
 
     history = vault.log.append(decide, author)
     dead = present & history.condemned
-    sizes = {pack: _nbytes(vault, pack) for pack in present}
+    sizes = {pack: size_of(vault, pack) for pack in present}
     for pack in sorted(dead):
         vault.storage.delete(pack_key(vault.folder, pack))
     freed = sum(sizes[pack] for pack in dead)
     return Freed(len(dead), freed, sum(sizes[pack] for pack in pending & present), sum(sizes.values()) - freed)
 
 
-def _packs(vault: RunVault) -> set[PackName]:
+def packs_of(vault: RunVault) -> set[PackName]:
+    """Every pack that lies there."""
     found = set()
     for key in vault.storage.list(f"{vault.folder}packs/"):
         _, writer, number = key.rsplit("/", 2)
@@ -165,7 +166,8 @@ def _is_dead(pack: PackName, history: History) -> bool:
     return int(term) < history.term or history.closed or pack in history.ever
 
 
-def _nbytes(vault: RunVault, pack: PackName) -> int:
+def size_of(vault: RunVault, pack: PackName) -> int:
+    """Bytes of a pack; 0 if it is gone."""
     try:
         return int(vault.storage.stat(pack_key(vault.folder, pack)).nbytes)
     except ObjectMissing:

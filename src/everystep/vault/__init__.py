@@ -1,5 +1,6 @@
 """What lies on disk: packs, manifests, logs and tags; chunks in, verified chunks out."""
 
+from everystep.codecs import NAMES as CODEC_NAMES
 from everystep.vault.history import Committed, History
 from everystep.vault.log import Log
 from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
@@ -9,6 +10,7 @@ from everystep.vault.place import Place
 from everystep.vault.run import RunVault, Term
 
 __all__ = [
+    "CODEC_NAMES",
     "Committed",
     "History",
     "Log",

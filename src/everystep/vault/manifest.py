@@ -208,6 +208,8 @@ class Manifest:
 
     root: Root
     views: tuple[PartView, ...]
+    parts: tuple[Where, ...] = ()
+    """Where the ranks' parts lie."""
 
     @cached_property
     def raw_bytes(self) -> int:
@@ -236,11 +238,12 @@ def read_manifest(commit: Commit, fetch: Fetch, where: str) -> Manifest:
     if logical_hash(document) != commit.logical or told != meant or len(parts) != len(root.parts):
         raise Damaged("the manifest is not the one that was committed", where=where, do="run fsck")
     here = PackName(commit.root.writer, commit.root.number)
+    places = tuple(settle(part, here) for part in parts)
     views = tuple(
-        _read_part(rank, content, settle(part, here), fetch, f"{where} rank {rank}")
-        for (rank, content), part in zip(root.parts, parts)
+        _read_part(rank, content, part, fetch, f"{where} rank {rank}")
+        for (rank, content), part in zip(root.parts, places)
     )
-    return Manifest(root, views)
+    return Manifest(root, views, places)
 
 
 def _halves(document: bytes, logical: type[T], placement: type[R], where: str) -> tuple[T, R]:

@@ -1,0 +1,111 @@
+"""What a run takes up: bytes as they were saved and as they lie there, by role and by codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from everystep.upkeep.collect import can_return, packs_of, size_of
+from everystep.vault import CODEC_NAMES, Committed, PartView, RunVault, Spot
+from everystep.vault.names import record_key
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Share:
+    """Of a role or codec: bytes as they were saved, and as they lie there."""
+
+    logical_bytes: int = 0
+    stored_bytes: int = 0
+
+
+@dataclass
+class RunStats:
+    """What a run takes up. All that lies there is `total_bytes`."""
+
+    run: str
+    checkpoints: int = 0
+    thin: int = 0
+    undoable: int = 0
+    """Checkpoints that were dropped or thinned and can be brought back."""
+    logical_bytes: int = 0
+    """What the live checkpoints come to, each by itself."""
+    chunk_bytes: int = 0
+    """What is stored of them."""
+    manifest_bytes: int = 0
+    log_bytes: int = 0
+    other_bytes: int = 0
+    """Held by what can be brought back, attachments, a save under way, or the dead parts of packs."""
+    roles: dict[str, Share] = field(default_factory=dict)
+    """Logical bytes of a role count once for each checkpoint."""
+    codecs: dict[str, Share] = field(default_factory=dict)
+    """Logical bytes of a codec count once for each stored chunk."""
+
+    @property
+    def total_bytes(self) -> int:
+        return self.chunk_bytes + self.manifest_bytes + self.log_bytes + self.other_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Stored bytes per logical byte."""
+        return self.total_bytes / self.logical_bytes if self.logical_bytes else 0.0
+
+
+def measure_run(vault: RunVault, progress: Progress | None = None) -> RunStats:
+    """Reads the manifest of every live checkpoint, and no chunk.
+
+    Args:
+        progress: told (checkpoints done, checkpoints in all).
+    """
+    history = vault.history()
+    found = RunStats(vault.name, len(history.live), len(history.thin & set(history.live)))
+    found.undoable = sum(can_return(history, id) for id in history.dropped)
+    counted: set[tuple[object, int]] = set()
+    for count, id in enumerate(history.live, 1):
+        _add(found, vault, history.commits[id], counted, thin=id in history.thin)
+        if progress is not None:
+            progress(count, len(history.live))
+    found.log_bytes = sum(
+        vault.storage.stat(record_key(vault.folder, slot)).nbytes
+        for slot in range(history.slots)
+        if slot not in history.damaged
+    )
+    packs = sum(size_of(vault, pack) for pack in packs_of(vault))
+    found.other_bytes = max(0, packs - found.chunk_bytes - found.manifest_bytes)
+    return found
+
+
+def _add(found: RunStats, vault: RunVault, commit: Committed, counted: set[tuple[object, int]], *, thin: bool) -> None:
+    manifest = vault.manifest(commit)
+    root = commit.event.root
+    for page in (root, *manifest.parts, *(page for view in manifest.views for page in view.placement.pages())):
+        place = ((page.writer, page.number), page.offset)
+        if place not in counted:
+            counted.add(place)
+            found.manifest_bytes += page.length
+    for view in manifest.views:
+        for index in view.there(thin=thin):
+            _add_chunk(found, view, index, counted)
+
+
+def _add_chunk(found: RunStats, view: PartView, index: int, counted: set[tuple[object, int]]) -> None:
+    chunk = view.layout.chunks[index]
+    role = found.roles.setdefault(view.layout.streams[chunk.stream].role, Share())
+    found.logical_bytes += chunk.nbytes
+    role.logical_bytes += chunk.nbytes
+    for spot in view.spot(index).links():
+        if not _count(spot, counted):
+            return  # what it leans on was counted with it
+        found.chunk_bytes += spot.length
+        role.stored_bytes += spot.length
+        codec = found.codecs.setdefault(CODEC_NAMES.get(spot.codec, str(spot.codec)), Share())
+        codec.logical_bytes += chunk.nbytes
+        codec.stored_bytes += spot.length
+
+
+def _count(spot: Spot, counted: set[tuple[object, int]]) -> bool:
+    place = ((spot.pack.writer, spot.pack.number), spot.offset)
+    new = place not in counted
+    counted.add(place)
+    return new
