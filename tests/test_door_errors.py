@@ -430,3 +430,59 @@ def test_nothing_is_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
                 optimizer.step()
     assert [c.step for c in repo["r"].checkpoints()] == [1, 2, 3, 4]
     assert repo["r"].latest.load().keys() == {"model", "optimizer", "rng"}
+
+
+# texts that no record can hold ---------------------------------------------------------------------------------------
+
+HALF = "half a character \ud800"
+
+
+@pytest.mark.parametrize("text", [HALF, 5, None, ""], ids=["surrogate", "number", "none", "empty"])
+def test_names_that_no_record_can_hold_are_refused_at_once(tmp_path: Path, text: Any) -> None:
+    """A record that cannot be read again is never written: the run goes on as if nothing had been said."""
+    repo = everystep.open(str(tmp_path))
+    state = {"x": np.zeros(3)}
+    run = repo.run("a")
+    run.save(1, state=state).wait()
+    past = repo["a"]
+    run.record(step=2, loss=0.5)
+    attempts = [
+        lambda: run.save(2, state=state, metrics={text: 2}),
+        lambda: run.record(**{text: 1}) if isinstance(text, str) else run.save(2, state=state, metrics={text: 1}),
+        lambda: run.config.update({text: 1}),
+        lambda: repo.run("b", config={text: 1}),
+        lambda: run.attach(text, b""),
+        lambda: run.note(text),
+        lambda: past.at(1).note(text),
+        lambda: past.at(1).tag(text),
+        lambda: past.at(1).tag_version(text),
+    ]
+    slots = past._history().slots
+    for attempt in attempts:
+        with pytest.raises(UsageError):
+            attempt()
+    assert past._history().slots == slots
+    run.save(2, state={"x": np.ones(3)}).wait()
+    run.close()
+    again = everystep.open(str(tmp_path))
+    assert again.check().ok and again["a"].at(2).metrics == {"loss": 0.5}, "nothing was lost on the way"
+
+
+def test_texts_with_half_characters_are_kept_where_they_are_values(tmp_path: Path) -> None:
+    with everystep.open(str(tmp_path)).run("a", config={"path": HALF}) as run:
+        run.save(1, state={"x": HALF}, metrics={"note": HALF}).wait()
+    past = everystep.open(str(tmp_path))["a"]
+    assert past.config["path"] == past.at(1).metrics["note"] == past.at(1).load()["x"] == HALF
+
+
+def test_a_folder_named_runs_is_not_a_repository_that_lost_its_head(tmp_path: Path) -> None:
+    """Others write into a folder of that name, too."""
+    (tmp_path / "runs" / "Nov21_host").mkdir(parents=True)
+    (tmp_path / "runs" / "Nov21_host" / "events.out").write_bytes(b"x")
+    with pytest.raises(everystep.ForeignRepository):
+        everystep.open(str(tmp_path))
+    with everystep.open(str(tmp_path / "mine")).run("a") as run:
+        run.save(1, state={"x": np.zeros(3)})
+    (tmp_path / "mine" / "format.json").unlink()
+    with pytest.raises(everystep.Damaged, match=r"lost its format\.json"):
+        everystep.open(str(tmp_path / "mine"))

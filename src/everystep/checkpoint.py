@@ -10,11 +10,11 @@ import msgspec
 
 from everystep.difference import Difference, Side, compare
 from everystep.errors import CheckpointRetired, Conflict, UsageError
-from everystep.metrics import number
+from everystep.metrics import plain_metrics
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, paths_of
-from everystep.schema.plain import decode, encode_metric
+from everystep.schema.plain import check_text, decode
 from everystep.vault import Committed, History, RunVault
 from everystep.vault.record import Metrics, Note, Tag
 
@@ -213,6 +213,7 @@ class Checkpoint:
 
     def note(self, text: str) -> Checkpoint:
         """Adds a note to this checkpoint. Never takes the run over."""
+        check_text(text, "a note")
         self._append(lambda history: [Note(text, self.id)])
         return self
 
@@ -248,7 +249,7 @@ class Checkpoint:
 
     def record(self, **metrics: Any) -> Checkpoint:
         """Adds metrics that came after the save. Never takes the run over."""
-        late = {name: encode_metric(number(name, value), name) for name, value in metrics.items()}
+        late = plain_metrics(metrics)
         self._append(lambda history: [Metrics(self.id, late)])
         return self
 
@@ -289,14 +290,8 @@ def check_tag(name: str) -> None:
     Raises:
         UsageError: for a name that could not be told from a step, or that means something already.
     """
-    if (
-        not name
-        or name.isdigit()
-        or name == "latest"
-        or name.startswith("best:")
-        or "@" in name
-        or not name.isprintable()
-    ):
+    check_text(name, "a tag")
+    if name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )

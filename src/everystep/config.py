@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from everystep.errors import UsageError
-from everystep.schema.plain import decode, encode
+from everystep.schema.plain import check_text, decode, encode
 
 
 class RunConfig(dict[str, Any]):
@@ -16,7 +16,7 @@ class RunConfig(dict[str, Any]):
         self._new = new
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._new[name] = encode(value, f"config {name}")
+        self._new[check_text(name, "the name of a configuration value")] = encode(value, f"config {name}")
         super().__setitem__(name, value)
 
     def update(self, *args: Any, **kwargs: Any) -> None:

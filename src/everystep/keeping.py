@@ -89,9 +89,10 @@ class Keeper:
         except Exception as error:  # noqa: BLE001  the writer's thread must live, and somebody must hear of it
             return [f"old checkpoints could not be freed: {error if isinstance(error, Error) else repr(error)}"]
 
-    def make_room(self) -> bool:
-        """Whether something could be freed that was only held so that it can be brought back."""
-        return collect(self._vault, self._author, at_once=True).packs > 0
+    def make_room(self, nbytes: int) -> bool:
+        """Whether something could be freed: also what is only held so that it can be brought back, what was dropped
+        first before the rest, until there is room for as many bytes."""
+        return collect(self._vault, self._author, room_bytes=nbytes, stamp=False).packs > 0
 
     def _apply(self) -> list[str]:
         decided: list[Decision] = []
@@ -111,7 +112,7 @@ class Keeper:
             ]
         self._asked = True
         if any(one.action in (DROP, THIN) for one in decided):
-            collect(self._vault, self._author)
+            collect(self._vault, self._author, stamp=False)
         return []
 
     def _too_many(self, decided: list[Decision]) -> bool:
@@ -121,10 +122,10 @@ class Keeper:
     def _check_quota(self) -> list[str]:
         if self._quota is None:
             return []
-        freed = collect(self._vault, self._author)
-        if freed.held_bytes <= self._quota:
-            return []
-        freed = collect(self._vault, self._author, at_once=True)
+        freed = collect(self._vault, self._author, stamp=False)
+        over = freed.held_bytes - self._quota
+        if over > 0:
+            freed = collect(self._vault, self._author, room_bytes=over, stamp=False)
         if freed.held_bytes <= self._quota:
             return []
         return [

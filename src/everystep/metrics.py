@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from everystep.errors import UsageError
-from everystep.schema.plain import encode_metric
+from everystep.schema.plain import check_text, encode_metric
 from everystep.vault.record import Series
 
 
@@ -23,7 +23,7 @@ class Recorded:
 
     def add(self, step: int | None, metrics: Mapping[str, Any]) -> bool:
         """Whether this is the first time since the last save that the oldest step was given up for it."""
-        held = {name: hold(name, value) for name, value in metrics.items()}
+        held = {check_text(name, "the name of a metric"): hold(name, value) for name, value in metrics.items()}
         full = step not in self._rows and len(self._rows) >= self._steps_max
         if full:
             del self._rows[next(iter(self._rows))]
@@ -37,14 +37,23 @@ class Recorded:
 
     def take(self, step: int | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
         """Everything, as plain values: (metrics of this step, metrics of other steps)."""
-        own = _plain({**self._rows.pop(None, {}), **self._rows.pop(step, {}), **given})
-        rows = {at: _plain(row) for at, row in self._rows.items() if at is not None}
+        told = plain_metrics(given)  # first: a misfit in it must lose nothing of what was recorded
+        own = {**plain_metrics({**self._rows.pop(None, {}), **self._rows.pop(step, {})}), **told}
+        rows = {at: plain_metrics(row) for at, row in self._rows.items() if at is not None}
         self._rows, self._dropped = {}, False
         return own, rows
 
 
-def _plain(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: encode_metric(number(name, value), name) for name, value in metrics.items()}
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics as a record keeps them.
+
+    Raises:
+        UsageError: for a value that is not one number, or a name that is no text.
+    """
+    return {
+        check_text(name, "the name of a metric"): encode_metric(number(name, value), name)
+        for name, value in metrics.items()
+    }
 
 
 def series(rows: Mapping[int, Mapping[str, Any]]) -> Series:

@@ -17,6 +17,7 @@ from everystep.keeping import forget
 from everystep.restore import read_attachment
 from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
+from everystep.schema.plain import check_text
 from everystep.seam import Process
 from everystep.upkeep import Decision, Freed, RunStats, bring_back, can_return, collect, measure_run
 from everystep.vault import Committed, History, Place, RunVault
@@ -288,6 +289,7 @@ class PastRun:
 
     def note(self, text: str) -> None:
         """Adds a note to the run. Never takes it over."""
+        check_text(text, "a note")
         self._append(lambda history: [Note(text)])
 
     @property

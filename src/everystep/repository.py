@@ -9,6 +9,8 @@ from typing import Any
 from everystep.checkpoint import Checkpoint
 from everystep.errors import NotFound, UsageError
 from everystep.past import PastRun
+from everystep.rehearsal.cue import cue_of, placed
+from everystep.rehearsal.run import RehearsedRun
 from everystep.rules import Rule
 from everystep.run import Run
 from everystep.seam import REAL, Seam
@@ -108,7 +110,8 @@ class Repository:
             rank, ranks, launch: for several processes that save one checkpoint together; all give the same launch id.
                 By default as the framework's process group says.
         """
-        return Run(
+        make = Run if cue_of(self._place.seam) is None else RehearsedRun
+        return make(
             self._place,
             name,
             config=dict(config or {}),
@@ -153,7 +156,7 @@ def open(place: str, *, settings: Settings | None = None, seam: Seam | None = No
     """
     seam = seam or REAL
     path = place if isinstance(place, str) else place.__fspath__()
-    return Repository(Place(open_storage(path, seam), seam, _checked(settings or DEFAULT)))
+    return Repository(Place(open_storage(placed(path, seam), seam), seam, _checked(settings or DEFAULT)))
 
 
 def _checked(settings: Settings) -> Settings:

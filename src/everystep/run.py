@@ -25,7 +25,7 @@ from everystep.save.part import Known
 from everystep.save.roles import with_roles
 from everystep.save.writer import Job
 from everystep.schema import LoadReport, Roled
-from everystep.schema.plain import encode
+from everystep.schema.plain import check_text
 from everystep.vault import Committed, History, Place, Term
 from everystep.vault.record import Close, Config, Metrics, Start
 
@@ -64,7 +64,8 @@ class Run(PastRun):
         self._when_busy, self._takeover = when_busy, takeover
         self._tracked: dict[str, Any] = {}
         self._with_rng = True
-        self._new_config = {key: encode(value, f"config {key}") for key, value in config.items()}
+        self._new_config: dict[str, Any] = {}
+        RunConfig({}, self._new_config).update(config)
         self._new_attachments: dict[str, bytes] = {}
         self._recorded = Recorded(place.settings.series_steps_max)
         self._step: int | None = None
@@ -112,7 +113,7 @@ class Run(PastRun):
         """Keeps a file with the run (an architecture, a tokenizer); it travels with the next save."""
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise UsageError(f"the attachment {name!r} is not bytes", do="read the file first: open(path, 'rb').read()")
-        self._new_attachments[name] = bytes(data)
+        self._new_attachments[check_text(name, "the name of an attachment")] = bytes(data)
         return self
 
     def record(self, *, step: int | None = None, **metrics: Any) -> None:

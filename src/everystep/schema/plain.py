@@ -8,7 +8,7 @@ import math
 import struct
 from typing import Any
 
-from everystep.errors import Damaged, Unsupported
+from everystep.errors import Damaged, Unsupported, UsageError
 
 _SAFE_INT = 1 << 53
 DEPTH_MAX = 100
@@ -53,6 +53,22 @@ def encode(value: Any, path: str = "", depth: int = 0) -> Any:
         where=path,
         do="use None, bool, int, float, complex, str, bytes or a tuple of them",
     )
+
+
+def check_text(text: Any, what: str, *, empty: bool = False) -> str:
+    """A name or a text that goes into a record as it is.
+
+    Raises:
+        UsageError: for what is no text, or holds half a character.
+    """
+    if isinstance(text, str) and (text or empty):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            pass  # said below
+        else:
+            return text
+    raise UsageError(f"{what} cannot be {text!r}", do="give it as a text of whole Unicode characters")
 
 
 def encode_metric(value: Any, path: str = "") -> Any:

@@ -37,6 +37,8 @@ class Dropped:
     undo_seconds: float
     was_thin: bool = False
     """It had been thinned when it was retired, and comes back so."""
+    before: Dropped | None = None
+    """How it had been thinned: once it is back, that can be taken back, too."""
 
 
 @dataclass
@@ -184,7 +186,8 @@ class History:
         for id in event.ids:
             if id in self.live:
                 del self.live[id]
-                self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds, id in self.thin)
+                before = self.dropped.get(id)
+                self.dropped[id] = Dropped(record.seq, event.reason, event.undo_seconds, id in self.thin, before)
 
     def _thin(self, event: events.Thin, record: events.Record) -> None:
         self._touch(event.ids, record)
@@ -199,6 +202,8 @@ class History:
             found = self.dropped.pop(id, None)
             if found is not None and not found.was_thin:
                 self.thin.discard(id)
+            if found is not None and found.before is not None:
+                self.dropped[id] = found.before
         again = {*self.live, *(id for id in event.ids if id in self.commits)}
         self.live = {id: None for id in self.commits if id in again}
 

@@ -112,7 +112,10 @@ class Log:
             while True:
                 events = decide(self._checked())
                 if not events:
-                    return self.confirm()
+                    decided = self.history.slots
+                    if self.confirm().slots == decided:
+                        return self.history
+                    continue  # that was about an older head
                 if self._put(events, author):
                     self._read_next_own()
                     return self.history
@@ -130,13 +133,13 @@ class Log:
         nonce = self._seam.token(16)
         term = max([history.term, *(event.term for event in events if isinstance(event, OpenTerm))])
         plain = [event.event if isinstance(event, OpenTerm) else event for event in events]
-        self._own = pack_record(history.slots, history.head, term, nonce, self._seam.now(), author, plain)
+        data = pack_record(history.slots, history.head, term, nonce, self._seam.now(), author, plain)
+        self._own = unpack_record(data, history.slots, self._folder)  # what cannot be read is never written
         key = record_key(self._folder, history.slots)
-        return put_once(self._storage, key, self._own, self._seam, self._settings)
+        return put_once(self._storage, key, data, self._seam, self._settings)
 
     def _read_next_own(self) -> None:
-        record = unpack_record(self._own, self.history.slots, self._folder)
-        self.history.take(record)
+        self.history.take(self._own)
         self._durable = self.history.slots
 
 

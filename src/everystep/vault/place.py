@@ -10,7 +10,7 @@ from everystep.errors import Damaged, ForeignRepository, NewerFormat, ObjectMiss
 from everystep.seam import Seam
 from everystep.settings import FORMAT, Settings
 from everystep.vault.lines import pack_lines, unpack_lines
-from everystep.vault.names import FORMAT_KEY, is_run_folder, run_name
+from everystep.vault.names import FORMAT_KEY, is_run_folder, record_slot, run_name
 from everystep.vault.once import put_once
 
 
@@ -67,11 +67,19 @@ class Place:
             )
         return found.id
 
+    def _has_records(self) -> bool:
+        """Whether there is a run of ours: others, too, keep what they write in a folder "runs"."""
+        for run in self.storage.list("runs/", deep=False):
+            for key in self.storage.list(f"{run}log/", deep=False) if run.endswith("/") else ():
+                if record_slot(key.rpartition("/")[2]) is not None:
+                    return True
+        return False
+
     def _refuse_foreign(self) -> None:
         inside = list(self.storage.list("", deep=False))
         if not inside:
             return
-        if "runs/" in inside:
+        if "runs/" in inside and self._has_records():
             raise Damaged(
                 "the repository has lost its format.json",
                 where=self.storage.url,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from everystep.errors import Damaged
+from everystep.errors import Damaged, NewerFormat, UsageError
 from everystep.settings import FORMAT
 from everystep.vault.lines import digest, pack_lines, parse_json, unpack_lines
 
@@ -210,7 +210,14 @@ class Record(NamedTuple):
 
 
 def pack_record(seq: int, prev: str, term: int, nonce: str, time: float, author: str, events: list[Any]) -> bytes:
-    raw = [msgspec.Raw(msgspec.json.encode(event)) for event in events]
+    """
+    Raises:
+        UsageError: for an event that no record can hold.
+    """
+    try:
+        raw = [msgspec.Raw(msgspec.json.encode(event)) for event in events]
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UsageError(f"this cannot be written into a record: {error}", do="give plain values") from error
     return pack_lines(_Body(FORMAT, seq, prev, term, nonce, time, author, raw))
 
 
@@ -218,8 +225,15 @@ def unpack_record(data: bytes | memoryview, seq: int, where: str) -> Record:
     """
     Raises:
         Damaged: if the bytes are not a whole record for this slot.
+        NewerFormat: if a later everystep wrote it.
     """
     body = unpack_lines(data, _Body, where)
+    if body.v > FORMAT:
+        raise NewerFormat(
+            f"a record of format {body.v}; this everystep reads up to {FORMAT}",
+            where=where,
+            do="update everystep: pip install -U everystep",
+        )
     if body.seq != seq:
         raise Damaged(f"record {body.seq} lies in slot {seq}", where=where, do="run fsck: two files were swapped")
     events = [_event(raw, where) for raw in body.events]
