@@ -15,7 +15,7 @@ from _disk import Disk
 from _seams import QuickSeam
 
 import everystep
-from everystep.errors import AlreadyExists, ObjectMissing, ReadOnly, StorageError, StorageFull, UnknownOutcome
+from everystep.errors import AlreadyExists, NotFound, ObjectMissing, ReadOnly, StorageError, StorageFull, UnknownOutcome
 from everystep.repository import Repository
 from everystep.seam import Files, Seam
 from everystep.settings import DEFAULT
@@ -228,9 +228,11 @@ def test_every_storage_operation_fails_while_old_checkpoints_are_dropped(fault: 
         faulty.fail_at = None
         program.pass_once()
         program.pass_once()
-        assert len(program.durable) == len(MORE_STEPS) and program.tagged is not None
+        assert len(program.durable) == len(MORE_STEPS)
+        dropped = repository(inner)["a"]._history().dropped
+        assert program.tagged is not None or program.durable[2] in dropped, "it may be gone before the tag comes"
         program.close()
-        check_typed(program.errors)
+        check_typed([error for error in program.errors if not isinstance(error, NotFound)])
         verify_kept(repository(inner))
         freed += ("delete", "x") in {(verb, "x") for verb, _ in faulty.calls}
         number += 1

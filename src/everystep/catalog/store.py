@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -183,19 +184,21 @@ class Catalog:
     @_guarded
     def holds(self, run: str, entries: Sequence[Entry]) -> bool:
         """Whether all these are there, just as given."""
-        columns = ", ".join(_COLUMNS)
+        ids = json.dumps([entry.id for entry in entries])
+        among = "run = ? AND id IN (SELECT value FROM json_each(?))"
+        rows: dict[str, tuple[Any, ...]] = {}
+        metrics: dict[str, dict[str, Any]] = {entry.id: {} for entry in entries}
         with self._lock:
-            for entry in entries:
-                row = self._connection.execute(
-                    f"SELECT {columns} FROM checkpoints WHERE run = ? AND id = ?", (run, entry.id)
-                ).fetchone()
-                metrics = self._connection.execute(
-                    "SELECT name, value FROM metrics WHERE run = ? AND id = ?", (run, entry.id)
-                ).fetchall()
-                told = {name: _plain(value) for name, value in entry.metrics.items()}
-                if row != tuple(_plain(getattr(entry, name)) for name in _COLUMNS) or dict(metrics) != told:
-                    return False
-        return True
+            sql = f"SELECT {', '.join(_COLUMNS)} FROM checkpoints WHERE {among}"
+            rows.update((row[0], row) for row in self._connection.execute(sql, (run, ids)))
+            sql = f"SELECT id, name, value FROM metrics WHERE {among}"
+            for id, name, value in self._connection.execute(sql, (run, ids)):
+                metrics[id][name] = value
+        return all(
+            rows.get(entry.id) == tuple(_plain(getattr(entry, name)) for name in _COLUMNS)
+            and metrics[entry.id] == {name: _plain(value) for name, value in entry.metrics.items()}
+            for entry in entries
+        )
 
     def close(self) -> None:
         with self._lock:
