@@ -125,7 +125,9 @@ class Stored:
 
     first: int
     all: int
-    wrong: float | None = None
+    wrong: int | None = None
+    """Elements that come back with other bits, of `elements`."""
+    elements: int = 0
 
     def share(self, history: History) -> float:
         if history.row.later:
@@ -257,7 +259,7 @@ WAYS: dict[str, Callable[[], Way]] = {
 }  # fmt: skip
 KEEPERS: dict[str, Any] = {"restic": Restic, "borg": Borg}
 HEADS = {
-    "zstd": "zstd-3", "float": "float -, gzip-6 (wrong)", "xor": "XOR, planes, zstd-3", "zipnn": "zipnn delta",
+    "zstd": "zstd-3", "float": "float -, gzip-6 (elements wrong)", "xor": "XOR, planes, zstd-3", "zipnn": "zipnn delta",
     "restic": "restic, max", "borg": "borg, zstd-3",
 }  # fmt: skip
 
@@ -267,8 +269,8 @@ def by_file(way: Way, history: History) -> Stored:
     for now in history:
         sizes.append(way(now, before))
         before = now
-    wrong = way.wrong / way.all if isinstance(way, FloatDifference) else None
-    return Stored(sizes[0], sum(sizes), wrong)
+    wrong = (way.wrong, way.all) if isinstance(way, FloatDifference) else (None, 0)
+    return Stored(sizes[0], sum(sizes), *wrong)
 
 
 def by_folder(make: Any, history: History, folder: str) -> Stored:
@@ -311,7 +313,7 @@ def measure(row: Row, count: int, ways: list[str], place: str | None) -> dict[st
         timing.say(f"{row.name}: {way}")
         with timing.scratch(place) as folder:
             stored = by_file(WAYS[way](), history) if way in WAYS else by_folder(KEEPERS[way], history, folder)
-        out["ways"][way] = {"stored": stored.share(history), "wrong": stored.wrong}
+        out["ways"][way] = {"stored": stored.share(history), "wrong": stored.wrong, "elements": stored.elements}
     timing.say(f"{row.name}: everystep")
     with timing.scratch(place) as folder:
         out["ours"] = ours(history, folder).share(history)
@@ -329,8 +331,9 @@ def shown(found: dict[str, Any], ways: list[str]) -> list[str]:
 
     others = []
     for way in ways:
-        wrong = found["ways"][way]["wrong"]
-        others.append(number(found["ways"][way]["stored"]) + (f" ({100 * wrong:.1f} %)" if wrong is not None else ""))
+        here = found["ways"][way]
+        wrong = f" ({here['wrong']:,} of {here['elements']:,})" if here["wrong"] is not None else ""
+        others.append(number(here["stored"]) + wrong)
     target = " / ".join(f"≤ {value:g}" for value in (found["target"], found["target_thin"]) if value is not None)
     return [
         found["row"] + (", later" if found["later"] else ""), f"{found['checkpoint_bytes'] / 1e6:.1f}", *others,

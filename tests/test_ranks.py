@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _ranks import GLOBAL, QUICK, RANKS, ROWS, WIDE, state_of, whole_of
@@ -32,6 +33,8 @@ from everystep.adapters import numpy as numpy_adapter
 from everystep.schema import Box, Described
 from everystep.storage import MemoryStorage
 from everystep.vault import Place
+from everystep.vault.names import record_key
+from everystep.vault.record import Abandon, unpack_record
 
 __all__ = ["one_thread"]
 
@@ -364,3 +367,44 @@ def test_the_process_group_says_which_rank_this_is(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SaveAbandoned, match="rank 0"):
         early.resume()
     assert (early.rank, early.ranks) == (1, 2)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_anchor_that_was_freed_is_done_without(ranks: int) -> None:
+    """The rules drop the anchor while nothing kept leans on it; what would lean on it next is written anew, by all."""
+    repo = new_repository(chunk_bytes_max=65536, small_leaf_bytes=0, rank_deadline_seconds=20, poll_seconds=0.01)
+    chance = np.random.default_rng(0)
+    anchor = chance.normal(size=3000).astype(np.float32)
+    others = [chance.normal(size=3000).astype(np.float32) for _ in range(3)]
+    near = [anchor + np.float32(1e-6) * chance.normal(size=3000).astype(np.float32) for _ in range(3)]
+    states = [anchor, *others, *near]
+
+    def work(rank: int) -> list[str]:
+        run = repo.run("r", keep=everystep.last(2), rank=rank, ranks=ranks, launch="x").track(rng=False)
+        with run:
+            return [
+                run.save(step, state={"model": {f"w{rank}": state + rank}}).wait().id
+                for step, state in enumerate(states, 1)
+            ]
+
+    first, *rest = together(work, range(ranks))
+    assert all(ids == first for ids in rest)
+    kept = repo["r"].checkpoints()
+    assert [c.step for c in kept] == [6, 7]
+    for checkpoint in kept:
+        for rank in range(ranks):
+            held = checkpoint.load()["model"][f"w{rank}"]
+            assert held.tobytes() == (states[checkpoint.step - 1] + rank).tobytes()
+    events = [event for _, event in _events(repo, "r")]
+    assert ranks == 1 or any(isinstance(event, Abandon) and event.again for event in events), "the case did not occur"
+    assert repo.check().ok
+
+
+def _events(repo: Repository, name: str) -> list[tuple[int, Any]]:
+    """(slot, event) of everything in a run's log."""
+    vault = repo[name]._vault
+    found = []
+    for slot in range(vault.history().slots):
+        key = record_key(vault.folder, slot)
+        found += [(slot, event) for event in unpack_record(vault.storage.get(key), slot, key).events]
+    return found

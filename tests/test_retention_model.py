@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ from typing import Any
 
 import pytest
 from _retention import DAY, YEAR, Store, based, state_of, whole
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 import everystep
 from everystep import Checkpoint, Conflict, NotFound, RunTakenOver
@@ -162,48 +160,52 @@ RULES = st.lists(
     ),
     min_size=1,
     max_size=2,
-).map(tuple)
-NONE = st.just(())
-MAYBE = st.one_of(RULES, RULES, NONE)
-STANDING = st.one_of(NONE, NONE, RULES)
-LOSSES = st.one_of(st.integers(0, 9).map(float), st.just(math.nan))
+)
+NONE: st.SearchStrategy[Rules] = st.just([])
+MAYBE, STANDING = st.one_of(RULES, RULES, NONE), st.one_of(NONE, NONE, RULES)
+LOSSES = st.sampled_from([*map(float, range(10)), math.nan])
 WINDOWS = st.sampled_from([7 * DAY, DAY, 7 * DAY, 0.0])
 SKEWS = st.sampled_from([0.0, -YEAR, YEAR])
 PICK = st.integers(0, 1 << 16)
+ACTIONS = ["train"] * 5 + ["forget"] * 5 + ["undo"] * 2 + ["prune"] * 3 + ["wait", "rewind", "tag", "untag", "reopen"]
+STEPS = 50
 
 
-class Walk(RuleBasedStateMachine):
+class Walk:
     """One run, written by one process after the other, and thinned out by these and by another beside them."""
 
-    seen: Counter[str]
-    folders: "itertools.count[int] | None" = None
-    root: Path
-
-    def __init__(self) -> None:
-        super().__init__()
-        folder = str(self.root / str(next(self.folders))) if self.folders is not None else None
-        self.store, self.model = Store(folder), Model()
-        self.other = self.store.open(skew=YEAR)
+    def __init__(self, store: Store, data: st.DataObject, seen: Counter[str]) -> None:
+        self.store, self.data, self.seen, self.model = store, data, seen, Model()
         self.number = 0
         self.at = 0
         """The step that the training is at."""
+        self.start()
+        self.save(1, 1.0)
+        self.beside = self.store.open(skew=YEAR)["a"]
+
+    def draw(self, strategy: st.SearchStrategy[Any], label: str) -> Any:
+        return self.data.draw(strategy, label)
+
+    def step(self) -> None:
+        getattr(self, self.draw(st.sampled_from(ACTIONS), "do"))()
+        self.check_step()
+
+    @property
+    def past(self) -> everystep.PastRun:
+        """The writing process, or one beside it that has not looked for a while."""
+        return self.beside if self.draw(st.booleans(), "beside") else self.run
 
     # what is done
 
-    @initialize(keep=STANDING, keep_full=STANDING)
-    def begin(self, keep: Rules, keep_full: Rules) -> None:
-        self.start(keep, keep_full, 0.0)
-        self.save(1, 1.0)
-        self.beside = self.other["a"]
+    def start(self) -> None:
+        self.keep, self.keep_full = self.draw(STANDING, "keep"), self.draw(STANDING, "keep_full")
+        self.asked = False
+        repo = self.store.open(skew=self.draw(SKEWS, "skew"))
+        self.run = repo.run("a", keep=rule_of(self.keep), keep_full=rule_of(self.keep_full)).track(rng=False)
 
-    def start(self, keep: Rules, keep_full: Rules, skew: float) -> None:
-        self.keep, self.keep_full, self.asked = keep, keep_full, False
-        options = {"keep": rule_of(keep), "keep_full": rule_of(keep_full)}
-        self.run = self.store.open(skew=skew).run("a", **options).track(rng=False)
-
-    @rule(losses=st.lists(LOSSES, min_size=1, max_size=6), gap=st.integers(1, 2))
-    def train(self, losses: list[float], gap: int) -> None:
-        for loss in losses:
+    def train(self) -> None:
+        gap = self.draw(st.integers(1, 2), "gap")
+        for loss in self.draw(st.lists(LOSSES, min_size=1, max_size=5), "losses"):
             self.save(gap, loss)
 
     def save(self, gap: int, loss: float) -> None:
@@ -231,33 +233,28 @@ class Walk(RuleBasedStateMachine):
         if dropped | thinned:
             self.model.drop(dropped, thinned, self.store.clock.seconds, 0.0)
             self.model.free(self.store.clock.seconds, at_once=False)
+            assert self.store.copy().open()["a"].prune().nbytes == 0, "what the run's own rules drop is freed at once"
             self.seen["dropped by the run's rules"] += len(dropped)
 
-    @rule(keep=MAYBE, keep_full=MAYBE, force=st.booleans(), window=WINDOWS, beside=st.booleans())
-    def forget(self, keep: Rules, keep_full: Rules, force: bool, window: float, beside: bool) -> None:
-        past = self.beside if beside else self.run
-        dropped, thinned = self.model.plan(keep, keep_full)
-        expected = {
-            id: "drop" if id in dropped else "thin" if id in thinned else "keep" for id in self.model.live
-        }
+    def forget(self) -> None:
+        past, model = self.past, self.model
+        keep, keep_full = self.draw(MAYBE, "keep"), self.draw(MAYBE, "keep_full")
+        force, window = self.draw(st.booleans(), "force"), self.draw(WINDOWS, "window")
+        dropped, thinned = model.plan(keep, keep_full)
+        expected = {id: "drop" if id in dropped else "thin" if id in thinned else "keep" for id in model.live}
         rules = rule_of(keep), rule_of(keep_full)
-        looked = past.forget(*rules, dry_run=True)
-        assert {one.checkpoint.id: one.action for one in looked} == expected
-        if 2 * len(dropped) > len(self.model.live) and not force:
-            with pytest.raises(Conflict, match=f"drop {len(dropped)} of {len(self.model.live)} checkpoints"):
+        assert actions(past.forget(*rules, dry_run=True)) == expected
+        if 2 * len(dropped) > len(model.live) and not force:
+            with pytest.raises(Conflict, match=f"drop {len(dropped)} of {len(model.live)} checkpoints"):
                 past.forget(*rules, undo_seconds=window)
             return
-        done = past.forget(*rules, force=force, undo_seconds=window)
-        assert [(d.checkpoint.id, d.action, d.reasons) for d in done] == [
-            (d.checkpoint.id, d.action, d.reasons) for d in looked
-        ]
-        self.model.drop(dropped, thinned, self.store.clock.seconds, window)
+        assert actions(past.forget(*rules, force=force, undo_seconds=window)) == expected
+        model.drop(dropped, thinned, self.store.clock.seconds, window)
         self.seen["dropped"] += len(dropped)
         self.seen["thinned"] += len(thinned)
 
-    @rule(beside=st.booleans())
-    def undo(self, beside: bool) -> None:
-        past = self.beside if beside else self.run
+    def undo(self) -> None:
+        past = self.past
         found = {checkpoint.id for checkpoint in past.dropped}
         must, might = self.model.returnable()
         assert must <= found <= might
@@ -270,10 +267,10 @@ class Walk(RuleBasedStateMachine):
         self.check_loads(expected & self.model.live)
         self.seen["brought back"] += len(expected)
 
-    @rule(at_once=st.booleans(), beside=st.booleans())
-    def prune(self, at_once: bool, beside: bool) -> None:
+    def prune(self) -> None:
+        past, at_once = self.past, self.draw(st.sampled_from([False, False, True]), "at once")
         before = self.store.packs()
-        freed = (self.beside if beside else self.run).prune(now=at_once)
+        freed = past.prune(now=at_once)
         after = self.store.packs()
         self.model.free(self.store.clock.seconds, at_once)
         assert freed.nbytes == sum(before.values()) - sum(after.values())
@@ -287,40 +284,35 @@ class Walk(RuleBasedStateMachine):
         self.seen["freed"] += freed.packs
         self.seen["held"] += bool(freed.pending_bytes)
 
-    @rule(pick=PICK)
-    def rewind(self, pick: int) -> None:
-        target = self.model.kept[pick % len(self.model.live)]
-        checkpoint = self.checkpoint(target.id)
+    def rewind(self) -> None:
+        target = self.model.kept[self.draw(PICK, "which") % len(self.model.live)]
+        checkpoint = next(c for c in self.run.checkpoints(all=True) if c.id == target.id)
         if target.thin:
             with pytest.raises(CheckpointRetired, match="its optimizer state has been dropped"):
                 self.run.rewind(checkpoint)
             return
         self.seen["left"] += target is not self.model.latest
         assert self.run.rewind(checkpoint) == target.step
-        self.model.tip = target.id
-        self.at, self.number = target.step, self.number + 1
+        self.model.tip, self.at = target.id, target.step
 
-    @rule(name=st.sampled_from(["a1", "b1", "b2"]), pick=PICK, beside=st.booleans())
-    def tag(self, name: str, pick: int, beside: bool) -> None:
-        target = self.model.kept[pick % len(self.model.live)].id
-        past = self.beside if beside else self.run
-        next(c for c in past.checkpoints(all=True) if c.id == target).tag(name, move=True)
+    def tag(self) -> None:
+        name = self.draw(st.sampled_from(["a1", "b1", "b2"]), "tag")
+        target = self.model.kept[self.draw(PICK, "which") % len(self.model.live)].id
+        next(c for c in self.past.checkpoints(all=True) if c.id == target).tag(name, move=True)
         self.model.tags[name] = target
 
-    @precondition(lambda self: self.model.tags)
-    @rule(pick=PICK)
-    def untag(self, pick: int) -> None:
-        name = sorted(self.model.tags)[pick % len(self.model.tags)]
-        self.beside.untag(name)
-        del self.model.tags[name]
+    def untag(self) -> None:
+        if self.model.tags:
+            name = self.draw(st.sampled_from(sorted(self.model.tags)), "tag")
+            self.past.untag(name)
+            del self.model.tags[name]
 
-    @rule(keep=STANDING, keep_full=STANDING, skew=SKEWS, died=st.booleans())
-    def reopen(self, keep: Rules, keep_full: Rules, skew: float, died: bool) -> None:
+    def reopen(self) -> None:
         """Another process goes on; the one before has ended as it should, or never finds out."""
-        old = self.run
+        old, died = self.run, self.draw(st.booleans(), "died")
         if not died:
             old.close()
-        self.start(keep, keep_full, skew)
+        self.start()
         assert self.model.latest is not None
         self.at = self.run.resume()
         assert self.at == self.model.latest.step
@@ -330,14 +322,10 @@ class Walk(RuleBasedStateMachine):
             with pytest.raises(RunTakenOver):
                 old.close()
 
-    @rule(days=st.sampled_from([0.1, 3.0, 8.0]))
-    def wait(self, days: float) -> None:
-        self.store.clock.seconds += days * DAY
+    def wait(self) -> None:
+        self.store.clock.seconds += self.draw(st.sampled_from([0.1, 3.0, 8.0]), "days") * DAY
 
     # what must be true
-
-    def checkpoint(self, id: str) -> Checkpoint:
-        return next(found for found in self.run.checkpoints(all=True) if found.id == id)
 
     def check_loads(self, ids: set[str]) -> None:
         """Bit for bit, in what a new process sees."""
@@ -346,26 +334,17 @@ class Walk(RuleBasedStateMachine):
                 assert whole(checkpoint, self.model.saved[checkpoint.id].number)
                 self.seen["loaded"] += 1
 
-    @invariant()
     def check_step(self) -> None:
         self.seen["steps"] += 1
         model = self.model
-        for past in (self.run, self.beside, self.store.open()["a"]):
+        for past in (self.run, self.store.open()["a"]):
             found = past.checkpoints(all=True)
             assert [c.id for c in found] == [one.id for one in model.kept]
             assert {c.id for c in found if c.thin} == {one.id for one in model.kept if one.thin}
             assert [c.id for c in past.checkpoints()] == model.line
             assert past.latest is not None and model.latest is not None and past.latest.id == model.latest.id
             assert {tag: c.id for tag, c in past.tags.items()} == model.tags
-        newest = model.kept[self.seen["steps"] % len(model.live)]
-        self.check_loads({newest.id})
-
-    def teardown(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", everystep.EverystepWarning)
-            self.run.close()
-        if sys.exc_info()[0] is None:
-            self.check_end()
+        self.check_loads({model.kept[self.seen["steps"] % len(model.live)].id})
 
     def check_end(self) -> None:
         self.check_loads(self.model.live)
@@ -380,18 +359,24 @@ class Walk(RuleBasedStateMachine):
         self.check_loads(self.model.live)
 
 
+def actions(decided: list[everystep.Decision]) -> dict[str, str]:
+    return {one.checkpoint.id: one.action for one in decided}
+
+
 @pytest.mark.parametrize("place", ["memory", "folder"])
 def test_random_walks(place: str, tmp_path: Path) -> None:
-    class Here(Walk):
-        seen: Counter[str] = Counter()
-        root = tmp_path
-        folders = itertools.count() if place == "folder" else None
+    seen: Counter[str] = Counter()
+    folders = (str(tmp_path / str(number)) for number in itertools.count())
+    walks = 10 if place == "memory" else 4
 
-    walks = 16 if place == "memory" else 6
-    run_state_machine_as_test(
-        Here,
-        settings=settings(
-            max_examples=walks, stateful_step_count=50, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck)
-        ),
-    )
-    print(Here.seen)
+    @settings(max_examples=walks, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        walk = Walk(Store(next(folders) if place == "folder" else None), data, seen)
+        with contextlib.closing(walk.run):
+            for _ in range(STEPS):
+                walk.step()
+        walk.check_end()
+
+    run()
+    print(seen)

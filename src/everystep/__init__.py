@@ -1,6 +1,8 @@
 """everystep: keep every checkpoint of every training run; lose none; trust what you load."""
 
+from everystep.analysis import LeafChange, LeafSummary, ValueChange
 from everystep.checkpoint import Checkpoint
+from everystep.difference import Difference
 from everystep.errors import (
     CheckpointRetired,
     Conflict,
@@ -13,6 +15,7 @@ from everystep.errors import (
     NewerFormat,
     NotFound,
     ReadOnly,
+    RehearsalFailed,
     RunInUse,
     RunTakenOver,
     SaveAbandoned,
@@ -22,6 +25,8 @@ from everystep.errors import (
     UsageError,
 )
 from everystep.past import PastRun
+from everystep.rehearsal.doctor import Examination, examine
+from everystep.rehearsal.resumes import ResumeReport, verify_resume
 from everystep.repository import Repository, open
 from everystep.rules import Moment, Rule, best, every, last, tagged, when, within
 from everystep.run import Run
@@ -29,7 +34,7 @@ from everystep.save import Saved
 from everystep.schema import LoadReport, Part
 from everystep.settings import VERSION as __version__
 from everystep.settings import Settings
-from everystep.upkeep import Decision, Freed, Kept
+from everystep.upkeep import Decision, Freed, Kept, RunStats
 
 __all__ = [
     "Checkpoint",
@@ -38,11 +43,15 @@ __all__ = [
     "DamageWarning",
     "Damaged",
     "Decision",
+    "Difference",
     "Error",
     "EverystepWarning",
+    "Examination",
     "ForeignRepository",
     "Freed",
     "Kept",
+    "LeafChange",
+    "LeafSummary",
     "LoadReport",
     "Mismatch",
     "Moment",
@@ -51,10 +60,13 @@ __all__ = [
     "Part",
     "PastRun",
     "ReadOnly",
+    "RehearsalFailed",
     "Repository",
+    "ResumeReport",
     "Rule",
     "Run",
     "RunInUse",
+    "RunStats",
     "RunTakenOver",
     "SaveAbandoned",
     "Saved",
@@ -63,12 +75,15 @@ __all__ = [
     "StorageFull",
     "Unsupported",
     "UsageError",
+    "ValueChange",
     "__version__",
     "best",
     "every",
+    "examine",
     "last",
     "open",
     "tagged",
+    "verify_resume",
     "when",
     "within",
 ]

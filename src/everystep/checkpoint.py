@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from everystep.difference import Difference, Side, compare
+from everystep.analysis import LeafSummary, summarize
+from everystep.difference import Difference, Side, batches, compare
 from everystep.errors import CheckpointRetired, Conflict, UsageError
 from everystep.metrics import plain_metrics
 from everystep.restore import Opened, open_checkpoint, place_tracked
@@ -149,6 +150,26 @@ class Checkpoint:
         return {
             path: opened.build(_below(opened, base, path), like=like, types=types, progress=progress) for path in only
         }
+
+    def summarize(self, *, only: str | None = None, progress: Progress | None = None) -> dict[str, LeafSummary | None]:
+        """Norm, mean, range and what is not finite of every leaf, by path; None for leaves that hold no numbers.
+
+        Args:
+            only: a path: the part of the state to look at.
+            progress: told the number of bytes as they come in.
+
+        Raises:
+            NotFound: if `only` is a path that it does not have.
+        """
+        side = self._side()
+        leaves = side.leaves(only)
+        if not leaves:
+            side.values(only)  # names the nearest paths
+        found: dict[str, LeafSummary | None] = {}
+        for batch in batches({path: leaf.nbytes for path, leaf in leaves.items()}):
+            arrays = side.opened.arrays([leaves[path].path for path in batch], progress)
+            found.update({path: summarize(arrays[leaves[path].path]) for path in batch})
+        return found
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every byte; the number of bytes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,15 +93,23 @@ def _batches(
     old: dict[str, Leaf], new: dict[str, Leaf], before: Side, after: Side, found: dict[str, LeafChange]
 ) -> Iterator[list[str]]:
     """Paths to read, as many as may be held at a time; what is equal by its chunks' hashes is `found` at once."""
-    batch: list[str] = []
-    held = 0
+    unequal: dict[str, int] = {}
     for path in dict.fromkeys((*old, *new)):
         if path in old and path in new and before.opened.print_of(old[path]) == after.opened.print_of(new[path]):
             form = f"{new[path].dtype}{list(new[path].shape)}"
             found[path] = LeafChange(path, "same", 0.0, 0.0, 0.0, form, form)
-            continue
+        else:
+            unequal[path] = sum(side[path].nbytes for side in (old, new) if path in side)
+    yield from batches(unequal)
+
+
+def batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Paths, given with their bytes, as many at a time as may be held."""
+    batch: list[str] = []
+    held = 0
+    for path, nbytes in sizes.items():
         batch.append(path)
-        held += sum(side[path].nbytes for side in (old, new) if path in side)
+        held += nbytes
         if held >= BATCH_BYTES:
             yield batch
             batch, held = [], 0

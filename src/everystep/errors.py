@@ -120,6 +120,14 @@ class ReadOnly(StorageError):
     kind, exit_code = "read-only", 14
 
 
+class RehearsalFailed(Error):
+    """A script could not be rehearsed: it fails, takes too long, or saves nothing."""
+
+    kind, exit_code = "rehearsal", 15
+    output: tuple[str, ...] = ()
+    """The last lines that the script printed."""
+
+
 class ObjectMissing(StorageError):
     """There is no object under this key."""
 

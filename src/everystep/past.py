@@ -19,7 +19,7 @@ from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
 from everystep.schema.plain import check_text
 from everystep.seam import Process
-from everystep.upkeep import Decision, Freed, RunStats, bring_back, can_return, collect, measure_run
+from everystep.upkeep import Decision, Freed, RunStats, Repacked, bring_back, can_return, collect, measure_run, repack
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
 
@@ -277,7 +277,23 @@ class PastRun:
         Args:
             now: also what could still be brought back.
         """
-        return collect(self._vault, self._vault.author, at_once=now)
+        return collect(self._vault, self._vault.author, at_once=now, rewrites=True)
+
+    def repack(self, *, dead: float = 0.5, progress: Callable[[int, int], None] | None = None) -> Repacked:
+        """Empties packs that are mostly dead, and frees them. Safe beside a process that is saving.
+
+        A pack is freed as a whole: a frozen leaf, or a base that a later checkpoint leans on, holds all that lies beside
+        it. Such a pack's needed chunks are copied to new packs, for which there must be room first; checkpoints, tags
+        and what can be brought back stay as they are.
+
+        Args:
+            dead: a pack is emptied if more than this share of it is needed by nothing.
+            progress: told (bytes copied, bytes in all).
+
+        Raises:
+            Damaged: if something that would be copied is not what was saved. Nothing is moved then.
+        """
+        return repack(self._vault, self._vault.author, dead, progress)
 
     def stats(self, progress: Callable[[int, int], None] | None = None) -> RunStats:
         """What the run takes up: bytes as saved and as stored, by role and by codec. Reads manifests only.
@@ -305,6 +321,14 @@ class PastRun:
             for name, id in sorted(history.tags.items())
             if id in history.live
         }
+
+    def parents(self) -> dict[str, str | None]:
+        """Id of every checkpoint, in the order of saving -> that of the nearest one still kept that it continues from.
+
+        None for what has none before it.
+        """
+        history = self._history()
+        return {id: history.continues(id) for id in history.live}
 
     @property
     def origins(self) -> list[dict[str, Any]]:

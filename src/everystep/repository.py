@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from fractions import Fraction
 from typing import Any
 
 from everystep.checkpoint import Checkpoint
@@ -11,7 +13,7 @@ from everystep.errors import NotFound, UsageError
 from everystep.past import PastRun
 from everystep.rehearsal.cue import cue_of, placed
 from everystep.rehearsal.run import RehearsedRun
-from everystep.rules import Rule
+from everystep.rules import Rule, mode_of
 from everystep.run import Run
 from everystep.seam import REAL, Seam
 from everystep.settings import DEFAULT, LIMITS, Settings
@@ -83,6 +85,28 @@ class Repository:
             raise unknown[0]
         return found
 
+    def ranking(self, metric: str, mode: str | None = None, *, limit: int = 10) -> list[Checkpoint]:
+        """The checkpoints of all runs with the best values of a metric, best first; see `PastRun.ranking`.
+
+        Raises:
+            NotFound: if no checkpoint has the metric.
+        """
+        mode = mode_of(metric, mode)
+        found: list[Checkpoint] = []
+        for name in self.runs():
+            with suppress(NotFound):  # another run may have that metric
+                found += self[name].ranking(metric, mode, limit=limit)
+        if not found:
+            names = {known for name in self.runs() for known in self[name].metric_names}
+            near = difflib.get_close_matches(metric, names, 3) or sorted(names)[:5]
+            raise NotFound(
+                f"no checkpoint of any run has a metric {metric!r}",
+                where=self.url,
+                do=f"nearest: {', '.join(near)}" if near else "the runs have none yet",
+            )
+        sign = 1 if mode == "min" else -1
+        return sorted(found, key=lambda checkpoint: sign * checkpoint.metrics[metric])[:limit]
+
     def run(
         self,
         name: str,
@@ -125,14 +149,22 @@ class Repository:
             quota_bytes=quota_bytes,
         )
 
-    def check(self, *, data: bool = True, run: str | None = None, progress: Any = None) -> CheckReport:
+    def check(
+        self, *, data: bool = True, read: float | Fraction = 1, run: str | None = None, progress: Any = None
+    ) -> CheckReport:
         """Checks every record, manifest and (with `data`) every byte of every checkpoint of every run, or of one.
 
         Args:
+            read: how much of the data: Fraction(1, 10) reads a tenth of the chunks, drawn anew at each call.
             progress: told (run, checkpoints checked, checkpoints in all).
+
+        Raises:
+            UsageError: if `read` is no share.
         """
+        if not 0 < read <= 1:
+            raise UsageError(f"read={read} is not a share", do="above 0 and at most 1: Fraction(1, 10)")
         runs = self.runs() if run is None else [self[run].name]
-        return check_repository(self._place, runs, data=data, progress=progress)
+        return check_repository(self._place, runs, data=data, share=float(read), progress=progress)
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that stamps what is saved here: ages are differences from it."""

@@ -294,7 +294,7 @@ class Seam:
                 heard(source.read())
 
     def scratch_folder(self, parent: str | None) -> tempfile.TemporaryDirectory[str]:
-        """A new folder, removed with all in it when the context is left; in the system's place for such, or `parent`."""
+        """A new folder in `parent`, or where the system has such; leaving the context removes it with all in it."""
         return tempfile.TemporaryDirectory(prefix="everystep-", dir=parent, ignore_cleanup_errors=True)
 
     def add_line(self, path: str, line: str) -> None:

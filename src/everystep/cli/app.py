@@ -11,10 +11,13 @@ from typer.core import TyperGroup
 
 import everystep
 from everystep import Error, UsageError
+from everystep.cli.doctor import doctor
 from everystep.cli.fsck import fsck
 from everystep.cli.log import log
+from everystep.cli.rehearse import SETTINGS
 from everystep.cli.screen import Screen
 from everystep.cli.show import show
+from everystep.cli.verify import verify_resume
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
@@ -129,6 +132,25 @@ app.command(
       everystep -r runs fsck resnet --no-data   one run, fast
     """
 )(fsck)
+app.command(
+    context_settings=SETTINGS,
+    epilog="""
+    \b
+    Examples:
+      everystep verify-resume train.py --epochs 3
+      everystep verify-resume --after 10 --steps 5 train.py
+      everystep verify-resume --json train.py | jq .verdict
+    """,
+)(verify_resume)
+app.command(
+    context_settings=SETTINGS,
+    epilog="""
+    \b
+    Examples:
+      everystep doctor train.py --epochs 90
+      everystep doctor --total-steps 100000 --save-every 500 train.py
+    """,
+)(doctor)
 
 
 def main() -> None:

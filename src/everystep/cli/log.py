@@ -1,77 +1,201 @@
-"""`everystep log`: the runs of a repository, or the checkpoints of a run, newest first."""
+"""`everystep log`: the runs of a repository, or checkpoints: of a run newest first, or those that are asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from everystep import Checkpoint, PastRun, Repository
+from everystep import Checkpoint, Damaged, NotFound, PastRun, Repository, UsageError
 from everystep.cli import human
-from everystep.cli.options import JsonOption, RepoOption, begin
-from everystep.cli.table import Column, cut, lay_out
+from everystep.cli.checkpoints import about_checkpoint, about_sessions, graph_width, table_of, when, with_terms
+from everystep.cli.completion import metrics, runs
+from everystep.cli.graph import CURRENT, LEFT, draw
+from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick_run
+from everystep.cli.table import Column, Table, lay_out
 
-SHORT_ID = 8
+BEST_SHOWN = 10
+NO_LIMIT = 1 << 62
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which checkpoints are wanted, and in which order."""
+
+    number: int | None = None
+    all_lines: bool = False
+    best: str | None = None
+    mode: str | None = None
+    tag: str | None = None
+    where: str | None = None
+
+    @property
+    def narrowed(self) -> bool:
+        return self.best is not None or self.tag is not None or self.where is not None
+
+    @property
+    def limit(self) -> int | None:
+        return BEST_SHOWN if self.number is None and self.best is not None else self.number
+
+    def mode_among(self, known: Sequence[str]) -> str | None:
+        """A metric that nobody has is not to be asked which way it is better: it gets near names."""
+        return self.mode if self.best in known else "min"
+
+    def said(self) -> str:
+        """For an empty answer."""
+        parts = [f"a tag like {self.tag!r}" if self.tag is not None else "", self.where or "", self.best or ""]
+        return " and ".join(human.clean(part) for part in parts if part)
 
 
 def log(
     context: typer.Context,
-    run: Annotated[str | None, typer.Argument(help="A run; without it, all runs.", metavar="RUN")] = None,
-    number: Annotated[int | None, typer.Option("-n", "--number", min=1, help="At most so many, the newest.")] = None,
-    all_lines: Annotated[bool, typer.Option("--all", help="Also the lines that were left.")] = False,
+    run: Annotated[
+        str | None, typer.Argument(help="A run; without it, all runs.", metavar="RUN", autocompletion=runs)
+    ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option("-n", "--number", min=1, help=f"At most so many; with --best {BEST_SHOWN} if not given."),
+    ] = None,
+    all_lines: Annotated[bool, typer.Option("--all", help="Also the lines that were left, as a graph.")] = False,
+    best: Annotated[
+        str | None,
+        typer.Option("--best", metavar="METRIC[:MODE]", help="The best ones, best first.", autocompletion=metrics),
+    ] = None,
+    tag: Annotated[
+        str | None, typer.Option("--tag", metavar="PATTERN", help="Those with such a tag: 'best_*'.")
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option("--where", metavar="CONDITION", help="Those of which it is true: 'val_loss < 0.3 and step > 500'."),
+    ] = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the runs, or the checkpoints of a run, newest first.
 
+    With --best, --tag or --where and no RUN: those of all runs. METRIC:max and METRIC:min say which way is better,
+    where its name does not. CONDITION compares metrics, and step, time, term, id, parent, reason, thin, raw_bytes,
+    stored_bytes, stall_seconds and tag, with and, or, not.
+
     A line with two dashes says where a process took the run: here it was started, resumed or taken over.
-    "new" is what a checkpoint added to the repository; the rest of it was there already.
+    "new" is what a checkpoint added to the repository; the rest of it was there already. "thin": only its weights
+    are kept. The best value of each metric is green.
     """
     screen, repository = begin(context, repo, as_json)
-    if run is None:
+    metric, mode = _metric(best)
+    asked = Asked(number, all_lines, metric, mode, tag, where)
+    if run is not None:
+        document, parents = _of_run(repository, pick_run(repository, run), asked)
+        screen.give(document, lambda: _lines(repository, document, parents, asked, screen.width))
+    elif asked.narrowed:
+        document = _of_all(repository, asked)
+        screen.give(document, lambda: _lines(repository, document, {}, asked, screen.width))
+    else:
         found = [_about_run(repository[name]) for name in repository]
         found = sorted(found, key=lambda about: -about["latest"]["time"] if about["latest"] else 0.0)[:number]
         screen.give({"repository": repository.url, "runs": found}, lambda: _runs(repository, found, screen.width))
-        return
-    past = repository[run]
-    line = past.checkpoints()
-    kept = past.checkpoints(all=True)
-    listed = kept if all_lines else line
-    shown = listed[-number:] if number is not None else listed
+
+
+def _metric(best: str | None) -> tuple[str | None, str | None]:
+    """METRIC or METRIC:MODE; the name of a metric may have a colon, too.
+
+    Raises:
+        UsageError: for an empty name.
+    """
+    if best is None:
+        return None, None
+    name, colon, mode = best.rpartition(":")
+    if not (colon and mode in ("min", "max")):
+        name, mode = best, ""
+    if not name:
+        raise UsageError("--best does not say which metric", do="--best val_loss, or --best val_loss:min")
+    return name, mode or None
+
+
+# which checkpoints -----------------------------------------------------------------------------------------------
+
+
+def _of_run(
+    repository: Repository, past: PastRun, asked: Asked
+) -> tuple[dict[str, Any], dict[str, str | None]]:
+    line, kept = past.checkpoints(), past.checkpoints(all=True)
     current = {checkpoint.id for checkpoint in line}
+    found = _narrow(past, asked) if asked.narrowed else kept
+    listed = [checkpoint for checkpoint in found if asked.all_lines or checkpoint.id in current]
+    shown = listed[: asked.limit] if asked.best is not None else listed[::-1][: asked.limit]
     document = {
         "repository": repository.url,
         "run": past.name,
-        "checkpoints": [about_checkpoint(c) | {"current": c.id in current} for c in reversed(shown)],
+        "checkpoints": [about_checkpoint(c) | {"current": c.id in current} for c in shown],
         "more": len(listed) - len(shown),
-        "on_other_lines": len(kept) - len(line),
+        "on_other_lines": len(found) - sum(checkpoint.id in current for checkpoint in found),
+        "rewound_to": line[-1].step if line and line[-1] != kept[-1] else None,
+        "best": _bests(past, shown),
         "sessions": about_sessions(past, kept),
     }
-    screen.give(document, lambda: _checkpoints(repository, document, all_lines, screen.width))
+    return document, past.parents() if asked.all_lines else {}
 
 
-def about_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What JSON says of a checkpoint."""
+def _narrow(past: PastRun, asked: Asked) -> list[Checkpoint]:
+    """Of every line: oldest first, or best first."""
+    if asked.best is not None:
+        with _mode_said(asked.best):
+            found = past.ranking(asked.best, asked.mode_among(past.metric_names), limit=NO_LIMIT)
+    else:
+        found = past.checkpoints(all=True)
+    if asked.where is not None:
+        met = {checkpoint.id for checkpoint in past.query(asked.where, all=True)}
+        found = [checkpoint for checkpoint in found if checkpoint.id in met]
+    return _tagged(found, asked.tag)
+
+
+def _mode_said(metric: str) -> Any:
+    return instead(UsageError, do=f"--best {metric}:min or --best {metric}:max")
+
+
+def _tagged(found: list[Checkpoint], pattern: str | None) -> list[Checkpoint]:
+    if pattern is None:
+        return found
+    return [checkpoint for checkpoint in found if any(fnmatchcase(tag, pattern) for tag in checkpoint.tags)]
+
+
+def _of_all(repository: Repository, asked: Asked) -> dict[str, Any]:
+    """Of all runs: newest first, or best first."""
+    line = {c.id: c for name in repository for c in repository[name].checkpoints(all=asked.all_lines)}
+    if asked.best is not None:
+        names = [name for run in repository for name in repository[run].metric_names]
+        with _mode_said(asked.best):
+            found = repository.ranking(asked.best, asked.mode_among(names), limit=NO_LIMIT)
+    else:
+        found = sorted(line.values(), key=lambda checkpoint: -checkpoint.time)
+    if asked.where is not None:
+        met = {checkpoint.id for checkpoint in repository.query(asked.where, all=True)}
+        found = [checkpoint for checkpoint in found if checkpoint.id in met]
+    listed = [checkpoint for checkpoint in _tagged(found, asked.tag) if checkpoint.id in line]
+    shown = listed[: asked.limit]
     return {
-        "id": checkpoint.id,
-        "step": checkpoint.step,
-        "parent": checkpoint.parent,
-        "term": checkpoint.term,
-        "ranks": checkpoint.ranks,
-        "time": checkpoint.time,
-        "reason": checkpoint.reason,
-        "metrics": checkpoint.metrics,
-        "tags": checkpoint.tags,
-        "cost": checkpoint.cost,
+        "repository": repository.url,
+        "checkpoints": [{"run": checkpoint.run, **about_checkpoint(checkpoint)} for checkpoint in shown],
+        "more": len(listed) - len(shown),
     }
 
 
-def about_sessions(past: PastRun, kept: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """What JSON says of the processes that wrote a run; the checkpoint that each continued from with its step."""
-    steps = {checkpoint.id: checkpoint.step for checkpoint in kept}
-    return [{**session, "continues_step": steps.get(session["continues"])} for session in past.sessions()]
+def _bests(past: PastRun, shown: Sequence[Checkpoint]) -> dict[str, str]:
+    """Metric -> the best checkpoint of the current line, where it is known which way is better."""
+    found = {}
+    for name in dict.fromkeys(name for checkpoint in shown for name in checkpoint.metrics):
+        try:
+            found[name] = past.best(name).id
+        except (UsageError, NotFound, Damaged):
+            continue  # nobody knows which way is better, or none is a number
+    return found
+
+
+# runs ------------------------------------------------------------------------------------------------------------
 
 
 def _about_run(past: PastRun) -> dict[str, Any]:
@@ -87,12 +211,6 @@ def _about_run(past: PastRun) -> dict[str, Any]:
         "terms": len(sessions),
         "ended": sessions[-1]["ended"] if sessions else None,
     }
-
-
-def _when(repository: Repository, time: float, width: int | None) -> str:
-    """An age for the eye, a date for a pipe."""
-    date = repository.local_time(time)
-    return date if width is None else human.age(repository.now() - time, date)
 
 
 def _runs(repository: Repository, found: Sequence[dict[str, Any]], width: int | None) -> Iterator[Text]:
@@ -121,7 +239,7 @@ def _run_row(repository: Repository, about: dict[str, Any], width: int | None) -
         human.clean(about["run"]),
         str(about["checkpoints"]),
         str(latest["step"]) if latest else "",
-        _when(repository, latest["time"], width) if latest else "",
+        when(repository, latest["time"], width) if latest else "",
         human.size(about["stored_bytes"]),
         human.size(about["raw_bytes"]),
         str(about["terms"]),
@@ -129,86 +247,61 @@ def _run_row(repository: Repository, about: dict[str, Any], width: int | None) -
     ]
 
 
-def _checkpoints(
-    repository: Repository, document: dict[str, Any], all_lines: bool, width: int | None
+# checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _lines(
+    repository: Repository,
+    document: dict[str, Any],
+    parents: Mapping[str, str | None],
+    asked: Asked,
+    width: int | None,
 ) -> Iterator[Text]:
     found: list[dict[str, Any]] = document["checkpoints"]
-    sessions: list[dict[str, Any]] = document["sessions"]
+    sessions = document.get("sessions", []) if not asked.narrowed else []
     if not found and not sessions:
-        yield Text("no checkpoint yet in ").append(human.clean(document["run"]), "bold")
+        yield _nothing(document, asked)
+        yield from _notes(document, asked, None)
         return
-    names = list(dict.fromkeys(name for about in found for name in about["metrics"]))
-    columns = [
-        Column("step", right=True, style="bold"), Column(""), Column("id", style="cyan"), Column("when"),
-        Column("size", right=True), Column("new", right=True),
-        *(Column(human.clean(name), right=True, spare=True) for name in names),
-        Column("tags", style="yellow", least=8), Column("reason", style="dim", least=10, spare=True),
-    ]  # fmt: skip
-    table = lay_out(columns, _rows(repository, found, names, all_lines, width), width)
+    ids = [about["id"] for about in found]
+    line = [about["id"] for about in found if about.get("current")]
+    drawn = draw(ids, parents, line) if parents and asked.best is None else None
+    lead: list[tuple[Column, list[str]]] = []
+    if asked.best is not None:
+        lead.append((Column("no.", right=True), [str(at) for at in range(1, len(found) + 1)]))
+        lead.append((Column(""), [(CURRENT if about["current"] else LEFT) if parents else "" for about in found]))
+    if "run" not in document:
+        lead.append((Column("run", style="bold", least=8), [human.clean(about["run"]) for about in found]))
+    wide = graph_width(drawn)
+    table = table_of(
+        repository, found, width - wide if width is not None else None,
+        lead=lead, best=document.get("best"), first=asked.best,
+    )  # fmt: skip
     if found:
-        yield table.head
-    yield from _with_markers(repository, document, table.rows, width)
-    notes = [f"{human.count(document['more'], 'older checkpoint')}: a larger -n"] if document["more"] else []
-    if document["on_other_lines"] and not all_lines:
+        yield Text(" " * wide).append_text(table.head)
+    yield from with_terms(repository, found, sessions, table.rows, drawn, width, to_the_end=not document["more"])
+    yield from _notes(document, asked, table)
+
+
+def _nothing(document: dict[str, Any], asked: Asked) -> Text:
+    there = Text(human.clean(document["run"]), "bold") if "run" in document else Text("any run")
+    if asked.narrowed:
+        return Text(f"no checkpoint with {asked.said()} in ").append_text(there)
+    return Text("no checkpoint yet in ").append_text(there)
+
+
+def _notes(document: dict[str, Any], asked: Asked, table: Table | None) -> Iterator[Text]:
+    notes = []
+    if document["more"]:
+        other = "more checkpoint" if asked.best is not None else "older checkpoint"
+        notes.append(f"{human.count(document['more'], other)}: a larger -n")
+    if document.get("on_other_lines") and not asked.all_lines:
         notes.append(f"{human.count(document['on_other_lines'], 'checkpoint')} on lines that were left: --all")
-    if table.left_out:
+    if document.get("on_other_lines") and asked.all_lines and table is not None:
+        notes.append(f"{CURRENT} the current line, {LEFT} lines that were left")
+    if document.get("rewound_to") is not None:
+        notes.append(f"rewound to step {document['rewound_to']}: what the run saves next continues from there")
+    if table is not None and table.left_out:
         notes.append(f"no room for {', '.join(table.left_out)}: --json, or a wider terminal")
     if notes:
         yield Text("\n" + "\n".join(f"… {note}" for note in notes), "dim")
-
-
-def _rows(
-    repository: Repository, found: Sequence[dict[str, Any]], names: Sequence[str], all_lines: bool, width: int | None
-) -> list[list[str]]:
-    metrics = [human.numbers([about["metrics"].get(name) for about in found]) for name in names]
-    return [
-        [
-            str(about["step"]),
-            "" if not all_lines else "●" if about["current"] else "○",
-            about["id"] if width is None else about["id"][:SHORT_ID],
-            _when(repository, about["time"], width),
-            human.size(about["cost"]["raw_bytes"]),
-            human.size(about["cost"]["stored_bytes"]),
-            *(column[at] for column in metrics),
-            human.clean(", ".join(about["tags"])),
-            human.clean(about["reason"]),
-        ]
-        for at, about in enumerate(found)
-    ]
-
-
-def _with_markers(
-    repository: Repository, document: dict[str, Any], rows: Iterable[Text], width: int | None
-) -> Iterator[Text]:
-    """The rows, and below the oldest of each term a line that says who began to write there."""
-    waiting = sorted(document["sessions"], key=lambda session: -session["term"])
-    for about, row in zip(document["checkpoints"], rows):
-        while waiting and waiting[0]["term"] > about["term"]:
-            yield _marker(repository, waiting.pop(0), width)
-        yield row
-    while waiting and not document["more"]:
-        yield _marker(repository, waiting.pop(0), width)
-
-
-def _marker(repository: Repository, session: dict[str, Any], width: int | None) -> Text:
-    after = f" after {continued(session)}" if session["continues"] else ""
-    parts = [
-        f"term {session['term']}{after}",
-        repository.local_time(session["opened"]),
-        f"process {who(session)}",
-        session["ended"] or "open",
-    ]
-    return Text(cut(f"── {' · '.join(parts)}", width), "yellow" if session["ended"] == "died" else "magenta")
-
-
-def continued(session: dict[str, Any]) -> str:
-    """The checkpoint that a session continued from; its id, where that is not there any more."""
-    step = session["continues_step"]
-    return f"step {step}" if step is not None else f"checkpoint {human.clean(session['continues'])}"
-
-
-def who(session: dict[str, Any]) -> str:
-    """The process of a session."""
-    host = human.clean(session.get("host", "?"))
-    ranks = f", {session['ranks']} ranks" if session["ranks"] > 1 else ""
-    return f"{human.clean(session.get('pid', '?'))} on {host}{ranks}"

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 import everystep
-from everystep import Checkpoint, Damaged, ForeignRepository, NewerFormat, NotFound, PastRun, Repository, UsageError
+from everystep import (
+    Checkpoint,
+    Damaged,
+    Error,
+    ForeignRepository,
+    NewerFormat,
+    NotFound,
+    PastRun,
+    Repository,
+    UsageError,
+)
 from everystep.cli.screen import Screen
 
 RepoOption = Annotated[
@@ -81,3 +93,41 @@ def pick(repository: Repository, target: str) -> tuple[PastRun, Checkpoint | Non
         raise UsageError(f"{target!r} names no run", do="RUN@SPEC, such as resnet@1200 or resnet@latest")
     run = repository[name]
     return run, run.find(spec)
+
+
+def pick_run(repository: Repository, name: str) -> PastRun:
+    """The run of that name.
+
+    Raises:
+        UsageError: if it names a checkpoint instead.
+        NotFound: naming near ones.
+    """
+    run, at, _ = name.rpartition("@")
+    if at and run in repository and name not in repository:
+        raise UsageError(f"{name!r} names a checkpoint, and this is about a whole run", do=f"the run is {run}")
+    return repository[name]
+
+
+def pick_checkpoint(repository: Repository, target: str) -> tuple[PastRun, Checkpoint]:
+    """The run and the checkpoint of RUN@SPEC.
+
+    Raises:
+        UsageError: if it names a run, and no checkpoint of it.
+        NotFound: accordingly.
+    """
+    past, checkpoint = pick(repository, target)
+    if checkpoint is None:
+        name = past.name
+        raise UsageError(
+            f"{name!r} names a run: which checkpoint of it?", do=f"{name}@latest, {name}@1200, {name}@best:val_loss"
+        )
+    return past, checkpoint
+
+
+@contextmanager
+def instead(*kinds: type[Error], do: str) -> Iterator[None]:
+    """Errors of these kinds say what to type, where the door says what to call."""
+    try:
+        yield
+    except kinds as error:
+        raise type(error)(error.what, where=error.where, do=do) from error

@@ -1,49 +1,76 @@
-"""`everystep show`: one run, or one checkpoint with its leaves."""
+"""`everystep show`: one run, or one checkpoint with its leaves and, if asked for, what is in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
-from everystep import Checkpoint, PastRun, Repository
+from everystep import Checkpoint, PastRun, Repository, UsageError
 from everystep.cli import human
-from everystep.cli.log import about_checkpoint, about_sessions, continued, who
+from everystep.cli.checkpoints import about_checkpoint, about_sessions, continued, who
+from everystep.cli.completion import targets
+from everystep.cli.leaves import LINES_SHOWN, lines_of
 from everystep.cli.options import JsonOption, RepoOption, begin, pick
+from everystep.cli.progress import reading
 from everystep.cli.table import Column, lay_out, pairs
 
-LEAVES_SHOWN = 20
 _STAGES = ("stall", "queue", "encode", "write")
 
 
 def show(
     context: typer.Context,
-    target: Annotated[str, typer.Argument(help="A run, or a checkpoint of it: RUN@SPEC.", metavar="RUN[@SPEC]")],
+    target: Annotated[
+        str,
+        typer.Argument(help="A run, or a checkpoint of it: RUN@SPEC.", metavar="RUN[@SPEC]", autocompletion=targets),
+    ],
     leaves: Annotated[
-        int | None, typer.Option("--leaves", min=0, help=f"Show at most so many leaves; {LEAVES_SHOWN} if not given.")
+        int | None,
+        typer.Option("--leaves", min=0, help=f"At most so many lines of leaves; {LINES_SHOWN} if not given."),
     ] = None,
     all_leaves: Annotated[bool, typer.Option("--all-leaves", help="Show every leaf.")] = False,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Read the leaves: norm, mean, range, and how many are not finite.")
+    ] = False,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show a run, or one checkpoint with its leaves.
 
     SPEC is a step, latest, best:METRIC, best:METRIC:max, a tag, or the beginning of an id.
+
+    Where there are many leaves, parts of the tree are summed up in one line; with --norms as if they were one leaf.
+    A path is what stands in a line behind what stands above it: load(only="model/fc.weight").
     """
     screen, repository = begin(context, repo, as_json)
     past, checkpoint = pick(repository, target)
     if checkpoint is None:
+        if norms:
+            raise UsageError("--norms is about the leaves of a checkpoint", do=f"show {past.name}@latest --norms")
         about = _about_run(repository, past)
         screen.give(about, lambda: _run(repository, about))
         return
     document = _about_checkpoint(repository, past, checkpoint)
     every: list[dict[str, Any]] = document["leaves"]
-    limit = leaves if leaves is not None else len(every) if all_leaves or screen.as_json else LEAVES_SHOWN
-    document["leaves"] = every[:limit]
-    document["more"] = len(every) - len(document["leaves"])
-    screen.give(document, lambda: _checkpoint(repository, past, document, screen.width))
+    if norms:
+        _add_norms(checkpoint, every)
+    lines = leaves if leaves is not None else None if all_leaves else LINES_SHOWN
+    listed = every if leaves is None else every[:leaves]
+    screen.give(
+        {**document, "leaves": listed, "more": len(every) - len(listed)},
+        lambda: _checkpoint(repository, past, document, lines, screen.width),
+    )
+
+
+def _add_norms(checkpoint: Checkpoint, leaves: Sequence[dict[str, Any]]) -> None:
+    with reading(f"{checkpoint.run}@{checkpoint.step}", sum(leaf["nbytes"] for leaf in leaves)) as told:
+        found = checkpoint.summarize(progress=told)
+    for leaf in leaves:
+        summary = found[leaf["path"]]
+        leaf["summary"] = asdict(summary) if summary is not None else None
 
 
 def _about_run(repository: Repository, past: PastRun) -> dict[str, Any]:
@@ -61,6 +88,8 @@ def _about_run(repository: Repository, past: PastRun) -> dict[str, Any]:
         "config": past.config,
         "attachments": past.attachments,
         "notes": past.notes,
+        "origins": past.origins,
+        "undoable": [checkpoint.step for checkpoint in past.dropped],
         "sessions": about_sessions(past, kept),
     }
 
@@ -85,6 +114,7 @@ def _about_checkpoint(repository: Repository, past: PastRun, checkpoint: Checkpo
         "checkpoint": {
             **about_checkpoint(checkpoint),
             "parent_step": parents[0] if parents else None,
+            "notes": checkpoint.notes,
             "environment": checkpoint.environment,
         },
         "roles": roles,
@@ -115,6 +145,8 @@ def _run(repository: Repository, about: dict[str, Any]) -> Iterator[Text]:
         ("saved", _moment(repository, latest["time"]) if latest else ""),
         ("steps", human.steps(about["steps"])),
         ("other lines", human.count(left, "checkpoint") if left else ""),
+        ("dropped", f"{human.steps(about['undoable'])}: undo brings back what was dropped last" if about["undoable"] else ""),
+        ("began with", "; ".join(map(_origin, about["origins"]))),
         ("size", stored if latest else ""),
         ("metrics", human.value(about["metrics"])),
         ("attachments", human.value(about["attachments"])),
@@ -128,6 +160,11 @@ def _run(repository: Repository, about: dict[str, Any]) -> Iterator[Text]:
     if about["sessions"]:
         last = about["sessions"][-1]
         yield from _section(f"environment of term {last['term']}", _environment(last["environment"]))
+
+
+def _origin(origin: dict[str, Any]) -> str:
+    only = f", only {human.value(origin['only'])}" if origin["only"] else ""
+    return f"{human.clean(origin['run'])}@{origin['step']} ({origin['id']}){only}"
 
 
 def _sessions(repository: Repository, sessions: Sequence[dict[str, Any]]) -> Iterator[Text]:
@@ -154,7 +191,9 @@ def _environment(environment: dict[str, Any]) -> list[Text]:
     return pairs([(human.clean(name), human.value(found)) for name, found in environment.items()], 2)
 
 
-def _checkpoint(repository: Repository, past: PastRun, document: dict[str, Any], width: int | None) -> Iterator[Text]:
+def _checkpoint(
+    repository: Repository, past: PastRun, document: dict[str, Any], lines: int | None, width: int | None
+) -> Iterator[Text]:
     about = document["checkpoint"]
     cost = about["cost"]
     yield Text().append("checkpoint ", "dim").append(f"{human.clean(past.name)}@{about['step']}", "bold")
@@ -168,37 +207,16 @@ def _checkpoint(repository: Repository, past: PastRun, document: dict[str, Any],
         ("reason", human.clean(about["reason"])),
         ("term", f"{about['term']}{ranks}"),
         ("tags", human.value(about["tags"])),
+        ("thin", "its optimizer state has been dropped" if about["thin"] else ""),
         ("size", f"{human.size(cost['raw_bytes'])}, {human.size(cost['stored_bytes'])} of it new in the repository"),
         ("time", ", ".join(spent)),
     ])  # fmt: skip
     metrics = [(human.clean(name), human.value(found)) for name, found in about["metrics"].items()]
     yield from _section("metrics", pairs(metrics, 2))
+    yield from _section("notes", [Text("  ").append(human.clean(note)) for note in about["notes"]])
     yield from _section("environment", _environment(about["environment"]))
-    yield from _section("leaves", list(_leaves(document, width)))
+    yield from _section("leaves", list(lines_of(document["leaves"], lines, width)))
     yield from _section("roles", list(_roles(document["roles"])))
-
-
-def _leaves(document: dict[str, Any], width: int | None) -> Iterator[Text]:
-    columns = [
-        Column("path", least=16, keep_end=True), Column("type", style="cyan"), Column("shape"),
-        Column("role", style="dim"), Column("size", right=True),
-    ]  # fmt: skip
-    rows = [
-        [
-            human.clean(leaf["path"]),
-            human.element(leaf["dtype"]),
-            human.shape(leaf["shape"]),
-            human.clean(leaf["role"]),
-            human.size(leaf["nbytes"]),
-        ]
-        for leaf in document["leaves"]
-    ]
-    table = lay_out(columns, rows, width - 2 if width is not None else None)
-    for line in [table.head, *table.rows] if rows else []:
-        yield Text("  ").append_text(line)
-    if document["more"]:
-        leaves = human.count(document["more"], "leaf")
-        yield Text(f"  … {leaves} more: --all-leaves", "dim")
 
 
 def _roles(roles: dict[str, dict[str, int]]) -> Iterator[Text]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
@@ -35,12 +35,19 @@ class Table:
     left_out: list[str]
 
 
-def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int | None) -> Table:
+def lay_out(
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    width: int | None,
+    marked: Mapping[tuple[int, int], str] | None = None,
+) -> Table:
     """
     Args:
         rows: cells, as many as columns.
         width: of the terminal; None: no limit.
+        marked: (row, column) -> a style of that cell's own.
     """
+    marked = marked or {}
     kept = [i for i in range(len(columns)) if not rows or any(row[i] for row in rows)]
     widths = {i: max([cell_len(columns[i].title), *(cell_len(row[i]) for row in rows)]) for i in kept}
     left_out: list[str] = []
@@ -52,8 +59,9 @@ def lay_out(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int
         del widths[spare[-1]]
     if width is not None:
         _shrink(columns, widths, width)
-    head = _line(columns, [column.title for column in columns], widths, "dim")
-    return Table(head, [_line(columns, row, widths, None) for row in rows], left_out)
+    head = _line(columns, [column.title for column in columns], widths, ["dim"] * len(columns))
+    styles = [[marked.get((at, i), column.style) for i, column in enumerate(columns)] for at in range(len(rows))]
+    return Table(head, [_line(columns, row, widths, own) for row, own in zip(rows, styles)], left_out)
 
 
 def _total(widths: dict[int, int]) -> int:
@@ -73,14 +81,14 @@ def _shrink(columns: Sequence[Column], widths: dict[int, int], width: int) -> No
         widths[max(able, key=lambda i: widths[i])] -= 1
 
 
-def _line(columns: Sequence[Column], cells: Sequence[str], widths: dict[int, int], style: str | None) -> Text:
+def _line(columns: Sequence[Column], cells: Sequence[str], widths: dict[int, int], styles: Sequence[str]) -> Text:
     line = Text()
     for i, wide in widths.items():
         cell = cut(cells[i], wide, columns[i].keep_end)
         pad = " " * (wide - cell_len(cell))
         line.append(" " * GAP if line else "")
         line.append(pad if columns[i].right else "")
-        line.append(cell, columns[i].style if style is None else style)
+        line.append(cell, styles[i])
         line.append("" if columns[i].right else pad)
     line.rstrip()
     return line

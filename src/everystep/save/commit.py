@@ -195,14 +195,16 @@ def decide_commit(history: History, term: Term, commit: Commit, extra: list[Any]
     return [*extra, commit]
 
 
-def abandon(vault: RunVault, term: Term, draft: Draft, missing: list[int], author: str) -> None:
-    """Says in the log that a save was given up, so that every rank stops waiting for it."""
+def abandon(
+    vault: RunVault, term: Term, draft: Draft, missing: list[int], author: str, *, again: bool = False
+) -> None:
+    """Says in the log that a save was given up, so that every rank stops waiting for it; `again`: writes it anew."""
 
     def decide(history: History) -> list[Any] | None:
         check_fence(history, term, vault.where)
         if (term.nonce, draft.ordinal) in history.settled:
             return None
-        return [Abandon(term.nonce, draft.ordinal, draft.step, missing)]
+        return [Abandon(term.nonce, draft.ordinal, draft.step, missing, again=again)]
 
     vault.log.append(decide, author)
 
@@ -212,6 +214,7 @@ def await_settled(vault: RunVault, term: Term, draft: Draft) -> str:
 
     Raises:
         SaveAbandoned, RunTakenOver: accordingly.
+        Condemned: if it must be written again.
     """
     deadline = vault.seam.monotonic() + 2 * vault.settings.rank_deadline_seconds
     key = (term.nonce, draft.ordinal)
@@ -221,6 +224,8 @@ def await_settled(vault: RunVault, term: Term, draft: Draft) -> str:
             id = history.settled[key]
             if id is not None:
                 return id
+            if key in history.again:
+                raise Condemned
             missing = history.missing_ranks.get(key, [])
             why = f"rank {_list(set(missing))} did not deliver" if missing else "rank 0 says why"
             error = SaveAbandoned(

@@ -7,10 +7,13 @@ from typing import Any
 from everystep.schema import Roled
 
 _ROLES = {
-    "weights": ("model", "models", "params", "parameters", "weights", "w"),
-    "optimizer": ("optimizer", "optimizers", "opt", "optim", "opt_state", "optimizer_state"),
+    "weights": ("model", "models", "params", "parameters", "weights", "w", "model_state_dict", "state_dict"),
+    "optimizer": (
+        "optimizer", "optimizers", "opt", "optim", "opt_state", "optimizer_state", "optimizer_state_dict",
+        "optimizer_states",
+    ),
     "rng": ("rng", "key", "keys", "seed", "prng"),
-}
+}  # fmt: skip
 _ROLE_OF = {name: role for role, names in _ROLES.items() for name in names}
 
 

@@ -113,7 +113,7 @@ class Keeper(Protocol):
 
     def after_commit(self) -> list[str]: ...
 
-    def make_room(self) -> bool: ...
+    def make_room(self, nbytes: int) -> bool: ...
 
 
 class Writer:
@@ -239,11 +239,10 @@ class Writer:
         try:
             id, stored = self._write(job, draft)
         except Condemned:
-            self._bases.forget()
-            self.known, draft = Known(), replace(draft, id=self._vault.seam.token(8))
+            draft = self._without_bases(draft)
             id, stored = self._write(job, draft)
         except StorageFull:
-            if self.ranks > 1 or not self._keeper.make_room():
+            if self.ranks > 1 or not self._keeper.make_room(job.snapshot.layout.nbytes):
                 raise
             self._settle_doubt()  # the record itself may have landed
             draft = replace(draft, id=self._vault.seam.token(8))
@@ -256,6 +255,16 @@ class Writer:
             )
         self._last_step, self.parent, self.known = job.step, id, stored.known
         return id
+
+    def _without_bases(self, draft: Draft) -> Draft:
+        """The same save once more, leaning on nothing: what it leaned on was freed. All ranks do so together."""
+        self._bases.forget()
+        self.known = Known()
+        if self.ranks > 1:
+            if self.rank == 0:
+                commits.abandon(self._vault, self.term, draft, [], self._author, again=True)
+            self.term.ordinal += 1
+        return replace(draft, id=self._vault.seam.token(8), ordinal=self.term.ordinal)
 
     def _write(self, job: Job, draft: Draft) -> tuple[str, Stored]:
         try:

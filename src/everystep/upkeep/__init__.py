@@ -2,6 +2,7 @@
 
 from everystep.upkeep.collect import Freed, bring_back, can_return, check_readable, collect, drop_events, kept_of
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
+from everystep.upkeep.repack import Repacked, repack
 from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
 from everystep.upkeep.stats import RunStats, Share, measure_run
 
@@ -15,6 +16,7 @@ __all__ = [
     "Finding",
     "Freed",
     "Kept",
+    "Repacked",
     "RunStats",
     "Share",
     "bring_back",
@@ -27,4 +29,5 @@ __all__ = [
     "kept_of",
     "measure_run",
     "plan",
+    "repack",
 ]

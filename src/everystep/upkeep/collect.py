@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from everystep.errors import Conflict, Damaged, NotFound, ObjectMissing
 from everystep.upkeep.retention import DROP, THIN, Decision, Kept
 from everystep.vault import History, PackName, RunVault
-from everystep.vault.history import roll_up
-from everystep.vault.names import pack_key, record_key
+from everystep.vault.history import Dropped, roll_up
+from everystep.vault.names import NO_TERM, pack_key, record_key
 from everystep.vault.record import Gc, Restore, Retire, Thin
 
 Fence = Callable[[History], None]
@@ -92,34 +92,48 @@ def bring_back(vault: RunVault, ids: Sequence[str], author: str) -> None:
     vault.log.append(decide, author)
 
 
-def collect(vault: RunVault, author: str, *, at_once: bool = False) -> Freed:
+def collect(
+    vault: RunVault, author: str, *, at_once: bool = False, room_bytes: int = 0, stamp: bool = True, rewrites: bool = False
+) -> Freed:
     """Frees packs that no live or undoable checkpoint needs, and what dead processes left behind.
 
     Args:
         at_once: also what could still be undone.
+        room_bytes: also what could still be undone, what was dropped first before the rest, until this much is freed.
+        stamp: where ages matter, write a record first: a store tells its time by what it creates.
+        rewrites: also what a repack wrote and no record names. One that is under way begins again.
 
     Raises:
         Damaged: if part of the log cannot be read: it may need what nothing else needs.
     """
-    present = packs_of(vault)
+    if stamp and not at_once and _waiting(vault.history()):
+        vault.log.append(lambda history: [Gc([])], author)
+    rewrites = rewrites or at_once or room_bytes > 0
+    present = {pack: size_of(vault, pack) for pack in packs_of(vault)}
     pending = set[PackName]()
 
     def decide(history: History) -> list[Any] | None:
         check_readable(history, vault.where)
         needed = _needed(history)
-        undoable = set() if at_once else _undoable(vault, history)
+        undoable = [] if at_once else _undoable(vault, history)
+        unneeded = {pack for pack in present if pack not in needed and _is_dead(pack, history, rewrites)}
+        while undoable and _sum(present, unneeded.difference(*undoable)) < room_bytes:
+            undoable.pop(0)
         pending.clear()
-        pending.update(undoable - needed)
-        doomed = {pack for pack in present if pack not in needed | undoable and _is_dead(pack, history)}
-        return [Gc(roll_up(doomed - history.condemned))] if doomed - history.condemned else None
+        pending.update(set[PackName]().union(*undoable) - needed)
+        doomed = unneeded - pending - history.condemned
+        return [Gc(roll_up(doomed))] if doomed else None
 
     history = vault.log.append(decide, author)
-    dead = present & history.condemned
-    sizes = {pack: size_of(vault, pack) for pack in present}
+    dead = present.keys() & history.condemned
     for pack in sorted(dead):
         vault.storage.delete(pack_key(vault.folder, pack))
-    freed = sum(sizes[pack] for pack in dead)
-    return Freed(len(dead), freed, sum(sizes[pack] for pack in pending & present), sum(sizes.values()) - freed)
+    freed = _sum(present, dead)
+    return Freed(len(dead), freed, _sum(present, pending), sum(present.values()) - freed)
+
+
+def _sum(sizes: Mapping[PackName, int], packs: Iterable[PackName]) -> int:
+    return sum(sizes.get(pack, 0) for pack in packs)
 
 
 def packs_of(vault: RunVault) -> set[PackName]:
@@ -139,18 +153,28 @@ def _needed(history: History) -> set[PackName]:
     return needed
 
 
-def _undoable(vault: RunVault, history: History) -> set[PackName]:
-    """What checkpoints need that were dropped or thinned so short a time ago that they can be brought back."""
-    waiting = {id: found for id, found in history.dropped.items() if found.undo_seconds > 0}
-    if not waiting:
-        return set()
-    now = _written(vault, history.slots - 1)
-    return {
-        pack
-        for id, found in waiting.items()
-        if now - _written(vault, found.slot) < found.undo_seconds
-        for pack in history.commits[id].needs(thin=found.was_thin)
-    }
+def _waiting(history: History) -> list[str]:
+    """Checkpoints that can be brought back, and were dropped or thinned so that they can."""
+    return [id for id, found in history.dropped.items() if found.undo_seconds > 0 and can_return(history, id)]
+
+
+def _undoable(vault: RunVault, history: History) -> list[set[PackName]]:
+    """What checkpoints need that were dropped or thinned so short a time ago that they can be brought back: one set for
+    each record that dropped some, the oldest first."""
+    found: dict[int, set[PackName]] = {}
+    times: dict[int, float] = {}
+
+    def written(slot: int) -> float:
+        if slot not in times:
+            times[slot] = _written(vault, slot)
+        return times[slot]
+
+    for id in _waiting(history):
+        way: Dropped | None = history.dropped[id]
+        while way is not None and written(history.slots - 1) - written(way.slot) < way.undo_seconds:
+            found.setdefault(way.slot, set()).update(history.commits[id].needs(thin=way.was_thin))
+            way = way.before
+    return [found[slot] for slot in sorted(found)]
 
 
 def _written(vault: RunVault, slot: int) -> float:
@@ -158,11 +182,13 @@ def _written(vault: RunVault, slot: int) -> float:
     return float(vault.storage.stat(record_key(vault.folder, slot)).time)
 
 
-def _is_dead(pack: PackName, history: History) -> bool:
+def _is_dead(pack: PackName, history: History, rewrites: bool) -> bool:
     """Of a checkpoint that is gone, or of a save that will never be committed: not of one that is under way."""
     term = pack.writer.rpartition("-")[2]
     if not term.isdigit():
         return False
+    if int(term) == NO_TERM:
+        return rewrites or pack in history.ever
     return int(term) < history.term or history.closed or pack in history.ever
 
 

@@ -1,13 +1,16 @@
-"""Check a repository: records, the chain between them, manifests, and every byte of every chunk."""
+"""Check a repository: records, the chain between them, manifests, and every byte of every chunk, or of a share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from everystep.errors import Damaged, StorageError
-from everystep.vault import Committed, Place, RunVault
+import numpy as np
+
+from everystep.errors import Damaged, Error, ObjectMissing, StorageError
+from everystep.seam import Pool
+from everystep.vault import Committed, PartView, Place, RunVault
 
 Progress = Callable[[str, int, int], None]
 
@@ -40,6 +43,9 @@ class CheckReport:
     runs: int = 0
     records: int = 0
     bytes_read: int = 0
+    """Plain bytes of the chunks that were read; a chunk that checkpoints share counts once."""
+    bytes_there: int = 0
+    """Plain bytes of all chunks, read or not."""
     checked: list[Checked] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
@@ -52,38 +58,92 @@ class CheckReport:
         return not self.findings
 
 
-def check_repository(place: Place, runs: list[str], *, data: bool, progress: Progress | None) -> CheckReport:
+class _Chunks:
+    """Which chunks are read: of all that there are, each once, the share that is drawn; again, where that failed."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        self.share = share
+        self.nbytes = 0
+        self._random = np.random.default_rng(seed)
+        self._settled: set[Any] = set()
+        self._waiting: set[Any] = set()
+
+    def choose(self, view: PartView, *, thin: bool) -> dict[int, Any]:
+        """The chunks of a part that are to be read now -> where each lies."""
+        chosen = {}
+        for index in view.there(thin=thin):
+            spot = view.spot(index)
+            place = (spot.pack, spot.offset, spot.hash)
+            if place not in self._settled and place not in self._waiting:
+                self.nbytes += view.layout.chunks[index].nbytes
+                drawn = self.share >= 1 or self._random.random() < self.share
+                (self._waiting if drawn else self._settled).add(place)
+            if place in self._waiting:
+                chosen[index] = place
+        return chosen
+
+    def settle(self, place: Any) -> None:
+        """A chunk has been read, and is what was saved."""
+        self._waiting.discard(place)
+        self._settled.add(place)
+
+
+class _Readable:
+    """A storage of which what cannot be read is damaged: the log goes on behind such a record."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner, self.url = inner, inner.url
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+        try:
+            return self._inner.get(key, start, stop)  # type: ignore[no-any-return]
+        except ObjectMissing:
+            raise
+        except StorageError as error:
+            raise Damaged(error.what, where=error.where, do=error.do) from error
+
+    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+        return self._inner.list(prefix, deep)  # type: ignore[no-any-return]
+
+
+def check_repository(
+    place: Place, runs: list[str], *, data: bool, share: float = 1.0, progress: Progress | None
+) -> CheckReport:
     """
     Args:
         runs: names of the runs to check.
-        data: also read every chunk, not only manifests and records.
+        data: also read chunks, not only manifests and records.
+        share: of the chunks, which are drawn at random, how many are read.
         progress: told (run, checkpoints checked, checkpoints in all).
     """
     report = CheckReport()
+    seed = int(place.seam.token(8), 16)
     for name in runs:
-        _check_run(RunVault(place, name), report, data, progress)
+        vault = RunVault(place, name)
+        vault.storage = _Readable(vault.storage)
+        _check_run(vault, report, _Chunks(share, seed) if data else None, progress)
     return report
 
 
-def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progress | None) -> None:
+def _check_run(vault: RunVault, report: CheckReport, chunks: _Chunks | None, progress: Progress | None) -> None:
     report.runs += 1
     try:
         history = vault.history()
-    except Damaged as error:
+    except (Damaged, StorageError) as error:
         report.findings.append(Finding(vault.name, error.what, error.where))
         return
     report.records += history.slots
     for slot, why in sorted(history.damaged.items()):
         report.findings.append(Finding(vault.name, f"record {slot}: {why}", f"{vault.where}/log/{slot:020d}"))
-    checked: set[Any] = set()
     pool = vault.seam.pool(vault.settings.workers, "everystep-fsck")
     try:
-        for count, id in enumerate(history.live, 1):
-            _check_checkpoint(vault, history.commits[id], report, checked if data else None, pool, id in history.thin)
+        for count, id in enumerate(live := list(history.live), 1):
+            _check_checkpoint(vault, history.commits[id], report, chunks, pool)
             if progress is not None:
-                progress(vault.name, count, len(history.live))
+                progress(vault.name, count, len(live))
     finally:
         pool.close()
+    report.bytes_there += chunks.nbytes if chunks is not None else 0
     for name, attached in history.attachments.items():
         try:
             vault.read_pages(attached.where, vault.where)
@@ -92,23 +152,38 @@ def _check_run(vault: RunVault, report: CheckReport, data: bool, progress: Progr
 
 
 def _check_checkpoint(
-    vault: RunVault, commit: Committed, report: CheckReport, checked: set[Any] | None, pool: object, thin: bool
+    vault: RunVault, commit: Committed, report: CheckReport, chunks: _Chunks | None, pool: Pool
 ) -> None:
-    """`checked` holds the places that were read for an earlier checkpoint: a shared chunk is read once."""
+    event, found = commit.event, None
+    while True:
+        thin = event.id in vault.history().thin
+        try:
+            _read(vault, commit, report, chunks, pool, thin=thin)
+        except (Damaged, StorageError) as error:
+            found = error
+        now = vault.history()
+        if event.id not in now.live:
+            return  # its run has dropped it since: then nothing of it need be there
+        if found is None or (event.id in now.thin) == thin:
+            break
+        found = None
+    if found is not None:
+        report.findings.append(_finding(vault, commit, found))
+    report.checked.append(Checked(vault.name, event.id, event.step, found is None))
+
+
+def _finding(vault: RunVault, commit: Committed, error: Error) -> Finding:
     event = commit.event
-    findings = len(report.findings)
-    try:
-        manifest = vault.manifest(commit)
-        for view in manifest.views if checked is not None else ():
-            assert checked is not None
-            there = view.there(thin=thin)
-            places = [(spot.pack, spot.offset, spot.hash) for spot in map(view.spot, there)]
-            new = [i for i, place in zip(there, places) if place not in checked]
-            for group in vault.read_chunks(view, new, pool):  # type: ignore[arg-type]
-                report.bytes_read += sum(chunk.nbytes for _, chunk in group)
-            checked.update(places)
-    except (Damaged, StorageError) as error:
-        report.findings.append(
-            Finding(vault.name, f"step {event.step}: {error.what}", error.where, event.id, event.step)
-        )
-    report.checked.append(Checked(vault.name, event.id, event.step, len(report.findings) == findings))
+    return Finding(vault.name, f"step {event.step}: {error.what}", error.where, event.id, event.step)
+
+
+def _read(
+    vault: RunVault, commit: Committed, report: CheckReport, chunks: _Chunks | None, pool: Pool, *, thin: bool
+) -> None:
+    for view in vault.manifest(commit).views:
+        chosen = chunks.choose(view, thin=thin) if chunks is not None else {}
+        for group in vault.read_chunks(view, list(chosen), pool):
+            for index, chunk in group:
+                report.bytes_read += chunk.nbytes
+                assert chunks is not None
+                chunks.settle(chosen[index])

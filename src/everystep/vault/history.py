@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import msgspec
 
 from everystep.errors import Damaged
 from everystep.schema import plain
@@ -63,6 +65,8 @@ class History:
     """Checkpoints that were retired or thinned, and what can still bring them back."""
     settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
     missing_ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    again: set[tuple[str, int]] = field(default_factory=set)
+    """Saves that all ranks write once more, under the next ordinal."""
     tags: dict[str, str] = field(default_factory=dict)
     tags_ever: set[str] = field(default_factory=set)
     """Also those that were taken away."""
@@ -75,7 +79,7 @@ class History:
     notes: list[tuple[str | None, str]] = field(default_factory=list)
     condemned: set[PackName] = field(default_factory=set)
     ever: set[PackName] = field(default_factory=set)
-    """Every pack that a checkpoint was ever committed with."""
+    """Every pack that a checkpoint or an attachment was ever said to need."""
     tip: str | None = None
     """Where the run was rewound to, until it saves again."""
     origins: list[events.Start] = field(default_factory=list)
@@ -111,9 +115,20 @@ class History:
             seen.add(at)
             if at in self.live:
                 found.append(self.commits[at])
-            parent = self.commits[at].event.parent
-            at = parent if parent is None or parent in self.commits else self._before_gap(self.commits[at].slot)
+            at = self._parent(at)
         return found[::-1]
+
+    def continues(self, id: str) -> str | None:
+        """The nearest live checkpoint that one continues from; None if there is none before it."""
+        at, seen = self._parent(id), {id}
+        while at is not None and at in self.commits and at not in self.live and at not in seen:
+            seen.add(at)
+            at = self._parent(at)
+        return at if at in self.live else None
+
+    def _parent(self, id: str) -> str | None:
+        parent = self.commits[id].event.parent
+        return parent if parent is None or parent in self.commits else self._before_gap(self.commits[id].slot)
 
     def _before_gap(self, slot: int) -> str | None:
         """The checkpoint before the damaged record below a slot: the likeliest parent of one that was lost in it."""
@@ -180,6 +195,8 @@ class History:
     def _abandon(self, event: events.Abandon, record: events.Record) -> None:
         self.settled.setdefault((event.nonce, event.ordinal), event.instead)
         self.missing_ranks[(event.nonce, event.ordinal)] = event.missing
+        if event.again:
+            self.again.add((event.nonce, event.ordinal))
 
     def _retire(self, event: events.Retire, record: events.Record) -> None:
         self._touch(event.ids, record)
@@ -235,9 +252,21 @@ class History:
 
     def _attach(self, event: events.Attach, record: events.Record) -> None:
         self.attachments[event.name] = event
+        self.ever |= {PackName(page.writer, page.number) for page in event.where}
 
     def _note(self, event: events.Note, record: events.Record) -> None:
         self.notes.append((event.id, event.text))
+
+    def _rewrite(self, event: events.Rewrite, record: events.Record) -> None:
+        for moved in event.moved:
+            commit, dropped = self.commits.get(moved.id), self.dropped.get(moved.id)
+            if commit is None:
+                continue
+            if moved.id not in self.live and dropped and commit.needs(thin=dropped.was_thin) & self.condemned:
+                continue  # it has been freed: nothing brings it back
+            places = {"root": moved.root, "packs": moved.packs, "optimizer": moved.optimizer}
+            self.ever |= unroll(moved.packs)
+            self.commits[moved.id] = replace(commit, event=msgspec.structs.replace(commit.event, **places))
 
     def _gc(self, event: events.Gc, record: events.Record) -> None:
         self.condemned |= unroll(event.condemned)
@@ -259,6 +288,7 @@ _HANDLERS: dict[type[Any], Any] = {
     events.Config: History._config,
     events.Attach: History._attach,
     events.Note: History._note,
+    events.Rewrite: History._rewrite,
     events.Gc: History._gc,
 }
 

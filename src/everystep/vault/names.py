@@ -16,8 +16,12 @@ SLOTS_MAX = 10**15
 """More records than any run will have; a file with a higher number is not one."""
 
 
+NO_TERM = 0
+"""Instead of a term, in the names of packs that no save wrote. Terms begin at 1."""
+
+
 class PackName(NamedTuple):
-    """`writer` is '<128 random bits>-<term>'; `number` counts every attempt of that writer."""
+    """`writer` is '<128 random bits>-<term>', or -0 for what belongs to no term; `number` counts its attempts."""
 
     writer: str
     number: int

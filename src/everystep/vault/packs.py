@@ -6,10 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from blake3 import blake3
+
+from everystep import codecs
 from everystep.errors import ReadOnly, StorageError, StorageFull
 from everystep.seam import Seam
 from everystep.settings import Settings
+from everystep.vault.manifest import HERE
 from everystep.vault.names import PackName, pack_key
+from everystep.vault.record import Where
 
 MAGIC = b"EVERYSTEP-PACK-1"
 
@@ -72,6 +78,13 @@ class PackWriter:
         self._open.pieces += pieces
         self._open.nbytes += length
         return slot
+
+    def add_page(self, body: bytes) -> tuple[Where, Slot]:
+        """Adds a page of a manifest; its place does not name the pack, which has no name before `flush`."""
+        data, s = np.frombuffer(body, np.uint8), self._settings
+        codec, pieces = codecs.encode(data, "|u1", s.zstd_level, s.sample_bytes, s.worth_ratio)
+        slot = self.add(pieces)
+        return Where(HERE, 0, slot.offset, slot.length, data.nbytes, codec, blake3(data).hexdigest()), slot
 
     def flush(self) -> None:
         """Stores the pack that is being filled, durably.

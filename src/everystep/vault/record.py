@@ -81,13 +81,14 @@ class Commit(msgspec.Struct, tag="commit", frozen=True):
 
 class Abandon(msgspec.Struct, tag="abandon", frozen=True):
     """A save that ended without a checkpoint of its own: the ranks that did not deliver, or the checkpoint `instead` of
-    it that holds the same already."""
+    it that holds the same already. `again`: it leaned on what was freed, and all ranks write it once more."""
 
     nonce: str
     ordinal: int
     step: int
     missing: list[int]
     instead: str | None = None
+    again: bool = False
 
 
 class Retire(msgspec.Struct, tag="retire", frozen=True):
@@ -165,6 +166,21 @@ class Note(msgspec.Struct, tag="note", frozen=True):
     id: str | None = None
 
 
+class Moved(NamedTuple):
+    """Where a checkpoint lies now, and what it needs there: in place of `root`, `packs`, `optimizer` of its commit."""
+
+    id: str
+    root: Where
+    packs: list[PackRange]
+    optimizer: list[PackRange]
+
+
+class Rewrite(msgspec.Struct, tag="rewrite", frozen=True):
+    """Checkpoints lie elsewhere now. What they hold, and its hash, is the same."""
+
+    moved: list[Moved]
+
+
 class Gc(msgspec.Struct, tag="gc", frozen=True):
     condemned: list[PackRange]
 
@@ -176,7 +192,8 @@ class Unknown(NamedTuple):
 
 
 _EVENTS: tuple[type[Any], ...] = (
-    Open, Close, Commit, Abandon, Retire, Thin, Restore, Rewind, Start, Tag, Metrics, Series, Config, Attach, Note, Gc,
+    Open, Close, Commit, Abandon, Retire, Thin, Restore, Rewind, Start, Tag, Metrics, Series, Config, Attach, Note,
+    Rewrite, Gc,
 )  # fmt: skip
 _BY_TAG = {kind.__struct_config__.tag: kind for kind in _EVENTS}
 

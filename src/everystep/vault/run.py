@@ -115,12 +115,22 @@ class RunVault:
         """The verified plain bytes of one chunk."""
         return self._read_spots([(spot, nbytes)])[0]
 
+    def read_stored(self, wanted: list[tuple[Spot, int]]) -> list[memoryview]:
+        """Chunks as they are stored, given with their plain lengths; each is verified as what it decodes to."""
+        stored: dict[int, memoryview] = {}
+        self._read_spots(wanted, stored)
+        return [stored[i] for i in range(len(wanted))]
+
     def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, Array]]:
         plain = self._read_spots([(spot, view.layout.chunks[index].nbytes) for spot, index in group])
         return [(index, data) for (_, index), data in zip(group, plain)]
 
-    def _read_spots(self, wanted: list[tuple[Spot, int]]) -> list[Array]:
-        """Verified plain bytes of chunks, given with their lengths; what they lean on is read and verified first."""
+    def _read_spots(self, wanted: list[tuple[Spot, int]], encoded: dict[int, memoryview] | None = None) -> list[Array]:
+        """Verified plain bytes of chunks, given with their lengths; what they lean on is read and verified first.
+
+        Args:
+            encoded: gets the stored bytes of each, too.
+        """
         leaning = [(spot.base, nbytes) for spot, nbytes in wanted if spot.base is not None]
         bases = iter(self._read_spots(leaning) if leaning else [])
         based = [(spot, nbytes, next(bases) if spot.base is not None else None) for spot, nbytes in wanted]
@@ -131,7 +141,10 @@ class RunVault:
             stored = self.storage.get(pack_key(self.folder, first.pack), first.offset, last)
             for spot, i in group:
                 at = spot.offset - first.offset
-                out[i] = self._decode(stored[at : at + spot.length], *based[i])
+                piece = stored[at : at + spot.length]
+                out[i] = self._decode(piece, *based[i])
+                if encoded is not None:
+                    encoded[i] = piece
         return [out[i] for i in range(len(based))]
 
     def _decode(self, stored: memoryview, spot: Spot, nbytes: int, base: Array | None) -> Array:

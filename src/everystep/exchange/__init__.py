@@ -1,0 +1,38 @@
+"""Old files into a run, and checkpoints into files of other programs. Nothing in a file runs, and none is changed."""
+
+from everystep.exchange.found import (
+    CONFLICT,
+    DAMAGED,
+    DELTA,
+    SAME,
+    STATE,
+    UNKNOWN,
+    UNPLACED,
+    Found,
+    Imported,
+    Piece,
+    Skipped,
+    Survey,
+)
+from everystep.exchange.give import export
+from everystep.exchange.look import survey
+from everystep.exchange.take import each, read
+
+__all__ = [
+    "CONFLICT",
+    "DAMAGED",
+    "DELTA",
+    "SAME",
+    "STATE",
+    "UNKNOWN",
+    "UNPLACED",
+    "Found",
+    "Imported",
+    "Piece",
+    "Skipped",
+    "Survey",
+    "each",
+    "export",
+    "read",
+    "survey",
+]

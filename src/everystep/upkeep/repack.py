@@ -1,0 +1,173 @@
+"""Empty packs that are mostly dead: copy what is needed of them elsewhere, say so in one record, free the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from everystep.errors import Conflict, Damaged, Error, ObjectMissing, StorageError, UsageError
+from everystep.upkeep.collect import check_readable, collect, packs_of, size_of
+from everystep.upkeep.moving import Emptied, Mover, Resident
+from everystep.upkeep.usage import Uses, held
+from everystep.vault import Committed, History, PackName, RunVault
+from everystep.vault.record import Moved, Rewrite
+
+Progress = Callable[[int, int], None]
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """What a repack did. A run takes up `freed_bytes` less and `written_bytes` more than before."""
+
+    packs: int = 0
+    """Emptied."""
+    checkpoints: int = 0
+    """Of which something lies elsewhere now."""
+    written_bytes: int = 0
+    freed_bytes: int = 0
+    """With what a collection frees anyway."""
+    held_bytes: int = 0
+    """What the run's packs come to afterwards."""
+
+
+class Overtaken(Exception):
+    """Somebody freed or moved what this was about."""
+
+
+def repack(vault: RunVault, author: str, dead: float, progress: Progress | None = None) -> Repacked:
+    """Empties packs of which more than the share `dead` is needed by nothing that is live or can be brought back.
+
+    Needs no term, and is safe beside a process that is saving.
+
+    Args:
+        progress: told (bytes copied, bytes in all).
+
+    Raises:
+        UsageError: if `dead` is no share.
+        Damaged: if part of the log, or a chunk that would be copied, cannot be read. Nothing is moved then.
+        Conflict: if others free what is being moved, again and again.
+    """
+    if not 0 <= dead < 1:
+        raise UsageError(f"dead={dead} is not a share", do="0.5: empty packs of which more than half is dead")
+    written = 0
+    last: Overtaken | None = None
+    for _ in range(ATTEMPTS):
+        mover = Mover(vault)
+        try:
+            packs, checkpoints = _move(vault, author, mover, dead, progress)
+        except Overtaken as error:
+            written, last = written + mover.written_bytes, error
+            continue
+        except Error:
+            _leave_nothing(vault, author, mover)
+            raise
+        freed = collect(vault, author, rewrites=True)
+        return Repacked(packs, checkpoints, written + mover.written_bytes, freed.nbytes, freed.held_bytes)
+    raise Conflict(
+        f"packs were freed while they were emptied, {ATTEMPTS} times",
+        where=vault.where,
+        do="repack when no other repack or prune of this run is under way; if none is, run fsck",
+    ) from last
+
+
+def _leave_nothing(vault: RunVault, author: str, mover: Mover) -> None:
+    """Frees what was written for nothing: where a place is full, it must not stay so."""
+    if mover.written_bytes:
+        try:
+            collect(vault, author, rewrites=True)
+        except Error:
+            pass  # what went wrong before is what has to be said; a later prune() frees it
+
+
+def _move(vault: RunVault, author: str, mover: Mover, dead: float, progress: Progress | None) -> tuple[int, int]:
+    """(packs emptied, checkpoints moved)"""
+    seen = vault.history().slots
+    try:
+        emptied = _plan(vault, vault.history(), dead)
+        if not emptied.packs:
+            return 0, 0
+        tell = progress or (lambda done, total: None)
+        mover.copy_chunks(emptied, lambda done: tell(done, emptied.nbytes))
+        moved = [(one.commit, mover.write_manifest(one)) for one in emptied.residents]
+        attached = mover.copy_attachments(emptied)
+        tell(emptied.nbytes, emptied.nbytes)
+    except ObjectMissing as error:
+        if vault.history().slots > seen:
+            raise Overtaken from error
+        raise Damaged("a pack that is needed is missing", where=error.where, do="run fsck") from error
+    landed: list[Moved] = []
+
+    def decide(history: History) -> list[Any] | None:
+        check_readable(history, vault.where)
+        landed[:] = [new for old, new in moved if _is_due(history, old, new)]
+        again = [new for old, new in attached if history.attachments.get(old.name) == old]
+        if {PackName(page.writer, page.number) for event in again for page in event.where} & history.condemned:
+            raise Overtaken
+        return [*([Rewrite(list(landed))] if landed else []), *again] or None
+
+    vault.log.append(decide, author)
+    return len(emptied.packs), len(landed)
+
+
+def _is_due(history: History, old: Committed, new: Moved) -> bool:
+    """Whether a checkpoint lies where it did, and may be needed.
+
+    Raises:
+        Overtaken: if it would need what is condemned.
+    """
+    now, dropped = history.commits[new.id], history.dropped.get(new.id)
+    if now.event.root != old.event.root:
+        return False  # another repack was faster
+    live = new.id in history.live
+    thin = new.id in history.thin if live or dropped is None else dropped.was_thin
+    if not live and now.needs(thin=thin) & history.condemned:
+        return False
+    event = msgspec.structs.replace(now.event, root=new.root, packs=new.packs, optimizer=new.optimizer)
+    if replace(now, event=event).needs(thin=thin) & history.condemned:
+        raise Overtaken
+    return True
+
+
+def _plan(vault: RunVault, history: History, dead: float) -> Emptied:
+    check_readable(history, vault.where)
+    uses, residents = Uses(), []
+    for id, thin in held(vault, history).items():
+        commit = history.commits[id]
+        nbytes = uses.add(vault.manifest(commit), commit.event.root, thin=thin)
+        residents.append(Resident(commit, thin, nbytes))
+    attachments = list(history.attachments.values())
+    for event in attachments:
+        uses.add_pages(event.where)
+    packs = _choose(vault, uses, residents, dead)
+    live = uses.live_bytes()
+    return Emptied(
+        packs,
+        [one for one in residents if one.commit.needs(thin=one.thin) & packs],
+        [event for event in attachments if packs & {PackName(page.writer, page.number) for page in event.where}],
+        uses.of_packs(packs),
+        sum(live[pack] for pack in packs),
+    )
+
+
+def _choose(vault: RunVault, uses: Uses, residents: list[Resident], dead: float) -> frozenset[PackName]:
+    """The packs to empty: of those that are mostly dead, the largest, as long as they give back more than the manifests
+    come to that must be written for it."""
+    sizes = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    gains = {pack: nbytes for pack, nbytes in uses.dead_bytes(sizes).items() if nbytes > dead * sizes[pack]}
+    order = sorted(gains, key=lambda pack: (-gains[pack], pack))
+    users: dict[PackName, list[int]] = {pack: [] for pack in order}
+    for number, one in enumerate(residents):
+        for pack in one.commit.needs(thin=one.thin) & gains.keys():
+            users[pack].append(number)
+    total = best = chosen = 0
+    paid: set[int] = set()
+    for count, pack in enumerate(order, 1):
+        total += gains[pack] - sum(residents[number].manifest_bytes for number in users[pack] if number not in paid)
+        paid.update(users[pack])
+        if total > best:
+            best, chosen = total, count
+    return frozenset(order[:chosen])
