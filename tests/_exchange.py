@@ -13,8 +13,6 @@ from everystep import exchange
 from everystep.errors import Error
 from everystep.seam import Files, Seam
 
-LOSSES = [1.5, 0.75, 0.5, 0.375, 0.25]
-
 
 class OnlyReading(Files):
     """Whatever would change a file or folder fails the test."""
@@ -62,14 +60,14 @@ class Trained:
     def __init__(self, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(3, 2), "norm": nn.BatchNorm1d(3)})
-        self.model["half"] = nn.Linear(3, 2).bfloat16()
+        self.model["small"] = nn.Linear(3, 2).bfloat16()
         self.model["tied"] = self.model["a"]
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
 
     def step(self) -> torch.Tensor:
         self.optimizer.zero_grad()
         hidden = self.model["norm"](self.model["a"](torch.randn(8, 4)))
-        loss = self.model["b"](hidden).pow(2).mean() + self.model["half"](hidden.bfloat16()).float().pow(2).mean()
+        loss = self.model["b"](hidden).pow(2).mean() + self.model["small"](hidden.bfloat16()).float().pow(2).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         return loss.detach()
@@ -93,4 +91,9 @@ def plain_loop(folder: Path, epochs: int, name: Callable[[int], str] = "checkpoi
 
 
 def weights(value: float, *names: str) -> dict[str, torch.Tensor]:
-    return {name: torch.full((3,), value) for name in names or ("fc.weight",)}
+    return {name: torch.full((3,), float(value)) for name in names or ("fc.weight",)}
+
+
+def save(value: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path)

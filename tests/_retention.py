@@ -27,6 +27,9 @@ class Clock:
     def __init__(self) -> None:
         self.seconds = 0.0
 
+    def now(self) -> float:
+        return 1_700_000_000.0 + self.seconds
+
 
 class Clocked(QuickSeam):
     """A process whose own clock is wrong by `skew` seconds."""
@@ -36,7 +39,7 @@ class Clocked(QuickSeam):
         self.clock, self.skew, self._pid = clock, skew, pid
 
     def now(self) -> float:
-        return super().now() + self.clock.seconds + self.skew
+        return self.clock.now() + self.slept + self.skew
 
 
 class ClockedFiles(Files):
@@ -54,11 +57,11 @@ class ClockedFiles(Files):
 
     def rename(self, source: str, target: str) -> None:
         super().rename(source, target)
-        self._times[target] = self.clock.seconds
+        self._times[target] = self.clock.now()
 
     def link(self, source: str, target: str) -> None:
         super().link(source, target)
-        self._times[target] = self.clock.seconds
+        self._times[target] = self.clock.now()
 
     def modified(self, path: str) -> float:
         return self._times[path]

@@ -54,6 +54,8 @@ class Run:  # its log, folded
                     retired.update(dict.fromkeys(event["ids"], kind == "retire"))
                 elif kind == "attach":
                     self.attached[event["name"]] = event["where"]
+                for id, root, *_ in event.get("moved", ()):
+                    self.commits.get(id, {})["root"] = root
                 settled |= {save} if kind in ("commit", "abandon") else set()
         self.live = [commit for id, commit in self.commits.items() if not retired.get(id)]
 
@@ -65,8 +67,7 @@ class Run:  # its log, folded
         check(blake3(data).hexdigest() == where[6] and len(data) == where[4], f"{pack.name} is damaged at {where[2]}")
         return data
 
-    def halves(self, promised, where, here=("", 0)):
-        """The two lines of a document, the first of which was promised."""
+    def halves(self, promised, where, here=("", 0)):  # the two lines of a document, the first of which was promised
         first, second = self.read(where, here).split(b"\n")
         check(blake3(first).hexdigest() == promised, "not the document that was committed")
         return json.loads(first), json.loads(second)
@@ -196,5 +197,4 @@ def decode(codec, stored, nbytes, base):
 
 
 if __name__ == "__main__":
-    run = Run(*sys.argv[1:])
-    print(*(run.load(commit)[1] for commit in run.live), sep="\n")
+    print(*(run.load(commit)[1] for run in [Run(*sys.argv[1:])] for commit in run.live), sep="\n")

@@ -11,24 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _exchange import Trained, imported, plain_loop, refused, skipped, survey, weights
+from _exchange import OnlyReading, Trained, imported, plain_loop, save, skipped, survey, weights
 from _formats import check, raw
 from safetensors.torch import save_file
 
 import everystep
 from everystep import exchange
-from everystep.errors import NotFound
+from everystep.errors import NotFound, StorageError
 from everystep.exchange.names import parse, stem_of
 from everystep.seam import Files, Seam
 
 
 def steps(path: Path) -> list[int]:
     return [found.step for found in survey(path).found]
-
-
-def save(value: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(value, path)
 
 
 # a plain loop --------------------------------------------------------------------------------------------------------
@@ -54,15 +49,15 @@ def test_twenty_files_of_a_plain_loop_become_one_run(tmp_path: Path) -> None:
         assert past.at(epoch).metrics == {"loss": expected["loss"].item()}
     roles = {leaf.path: leaf.role for leaf in past.at(3).leaves()}
     assert roles["model_state_dict/a.weight"] == "weights"
-    assert roles["optimizer_state_dict/state/0/exp_avg"] == "optimizer"
+    assert roles["optimizer_state_dict/state/[0]/exp_avg"] == "optimizer"
     assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in old.iterdir()} == before
 
 
 def test_a_look_leaves_arrays_where_they_are(tmp_path: Path) -> None:
-    from _exchange import OnlyReading
-
     for epoch in range(3):
-        save({"epoch": epoch, "loss": torch.tensor(0.5), "model": {"w": torch.randn(1 << 20)}}, tmp_path / f"{epoch}.pth")
+        save(
+            {"epoch": epoch, "loss": torch.tensor(0.5), "model": {"w": torch.randn(1 << 20)}}, tmp_path / f"{epoch}.pth"
+        )
     save_file({"w": torch.randn(1 << 20)}, tmp_path / "step_3.safetensors")
     np.savez(tmp_path / "step_4.npz", w=np.zeros(1 << 20), loss=0.25)
     files = OnlyReading()
@@ -144,13 +139,18 @@ def test_numbers_at_the_end_of_any_name_count_where_they_change(tmp_path: Path) 
         save(weights(number), tmp_path / f"unet_256_{number}.pth")
     save(weights(7.0), tmp_path / "vit_patch16_224.pth")
     assert steps(tmp_path) == [5, 10, 20]
-    assert skipped(tmp_path) == {"vit_patch16_224.pth": (exchange.UNPLACED, skipped(tmp_path)["vit_patch16_224.pth"][1])}
+    assert skipped(tmp_path) == {
+        "vit_patch16_224.pth": (exchange.UNPLACED, skipped(tmp_path)["vit_patch16_224.pth"][1])
+    }
 
 
 def test_steps_come_from_contents_before_names(tmp_path: Path) -> None:
     save({"global_step": 1200, "epoch": 2, "model": weights(1)}, tmp_path / "step_7.pth")
     save({"meta": {"iter": 2400, "epoch": 4}, "state_dict": weights(2)}, tmp_path / "epoch_9.pth")
-    save({"extra_state": {"train_iterator": {"epoch": 6}}, "optimizer_history": [{"num_updates": 3600}]}, tmp_path / "c.pt")
+    save(
+        {"extra_state": {"train_iterator": {"epoch": 6}}, "optimizer_history": [{"num_updates": 3600}]},
+        tmp_path / "c.pt",
+    )
     save({"iter_num": torch.tensor(4800), "model": weights(3)}, tmp_path / "ckpt.pt")
     save({"trainer": {"iteration": np.int64(6000)}, "epoch": 10}, tmp_path / "ignite.pt")
     found = survey(tmp_path).found
@@ -250,10 +250,9 @@ def test_a_copy_may_differ_in_what_is_no_array(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_does_not_take_the_step_of_a_whole_one(tmp_path: Path) -> None:
-    plain_loop(tmp_path, 2)
-    whole = (tmp_path / "checkpoint_1.pth").read_bytes()
-    broken = bytearray(whole)
-    broken[len(whole) // 2] ^= 1
+    kept = plain_loop(tmp_path, 2)
+    broken = bytearray((tmp_path / "checkpoint_1.pth").read_bytes())
+    broken[broken.index(raw(kept[1]["model_state_dict"]["a.weight"]))] ^= 1
     (tmp_path / "checkpoint_01.pth").write_bytes(broken)
     assert [Path(one.path).name for one in survey(tmp_path).found] == ["checkpoint_0.pth", "checkpoint_1.pth"]
     assert skipped(tmp_path)["checkpoint_01.pth"][0] == exchange.DAMAGED
@@ -279,7 +278,10 @@ def lightning(folder: Path, epochs: int) -> None:
             "hyper_parameters": {"lr": 0.01, "loss": Unknown(), "layers": [3, 4]},
         }  # fmt: skip
         save(state, folder / "checkpoints" / f"epoch={epoch}-step={100 * (epoch + 1)}-val_loss={score:.2f}.ckpt")
-    shutil.copy(folder / "checkpoints" / f"epoch={epoch}-step={100 * (epoch + 1)}-val_loss={score:.2f}.ckpt", folder / "last.ckpt")
+    shutil.copy(
+        folder / "checkpoints" / f"epoch={epoch}-step={100 * (epoch + 1)}-val_loss={score:.2f}.ckpt",
+        folder / "last.ckpt",
+    )
     (folder / "hparams.yaml").write_text("lr: 0.01\n")
     (folder / "metrics.csv").write_text("epoch,val_loss\n0,1\n")
 
@@ -292,7 +294,7 @@ def test_a_folder_of_lightning(tmp_path: Path) -> None:
     ]
     assert {name: kind for name, (kind, _) in skipped(tmp_path).items()} == {
         "hparams.yaml": exchange.UNKNOWN, "metrics.csv": exchange.UNKNOWN, "last.ckpt": exchange.SAME,
-    } or "last.ckpt" not in skipped(tmp_path)  # fmt: skip
+    }  # fmt: skip
     for step, got in imported(tmp_path).items():
         assert got.not_understood == ["hyper_parameters/loss: test_exchange_folders.Unknown"]
         state = got.state
@@ -312,14 +314,20 @@ def test_folders_of_transformers_are_one_checkpoint_each(tmp_path: Path) -> None
         state = {name: value.clone() for name, value in work.model.state_dict().items()}
         names = sorted(state)
         for number, part in enumerate((names[:5], names[5:]), 1):
-            save_file({name: state[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors", {"format": "pt"})
+            save_file(
+                {name: state[name] for name in part},
+                folder / f"model-0000{number}-of-00002.safetensors",
+                {"format": "pt"},
+            )
         save(work.optimizer.state_dict(), folder / "optimizer.pt")
         save({"last_epoch": step}, folder / "scheduler.pt")
         for rank in range(2):
             save({"cpu": torch.get_rng_state(), "rank": rank}, folder / f"rng_state_{rank}.pth")
         save(Unknown(), folder / "training_args.bin")
         rows = [{"loss": 9.0, "step": step - 1}, {"loss": loss, "learning_rate": 0.1, "step": step}]
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "epoch": step / 400, "log_history": rows}))
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": step, "epoch": step / 400, "log_history": rows})
+        )
         expected[step] = torch.load(folder / "optimizer.pt", weights_only=True), state, loss
     found = survey(tmp_path)
     assert [(one.step, len(one.pieces)) for one in found.found] == [(500, 6), (1000, 6)]
@@ -348,7 +356,9 @@ def test_networks_side_by_side_are_one_state(tmp_path: Path) -> None:
     for step in (5, 10):
         for net in "GD":
             save(weights(step, f"{net}.w"), tmp_path / f"{step}_net_{net}.pth")
-    assert {step: set(got.state) for step, got in imported(tmp_path).items()} == dict.fromkeys((5, 10), {"net_G", "net_D"})
+    assert {step: set(got.state) for step, got in imported(tmp_path).items()} == {
+        step: {"net_G", "net_D"} for step in (5, 10)
+    }
 
 
 def test_an_optimizer_beside_its_model_is_one_state(tmp_path: Path) -> None:
@@ -368,76 +378,60 @@ def test_what_single_ranks_saved_is_not_taken_for_the_whole(tmp_path: Path) -> N
     assert all("2 ranks" in why for _, why in skipped(tmp_path).values())
 
 
-# deltas --------------------------------------------------------------------------------------------------------------
+# junk ----------------------------------------------------------------------------------------------------------------
 
 
-def deltas(folder: Path, epochs: range, base: str | None, first: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Weights after each epoch, of which the folder has the differences."""
-    torch.manual_seed(0)
-    state = {
-        "fc": torch.randn(5, 3),
-        "half": torch.randn(4).bfloat16(),
-        "count": torch.tensor(0),
-        "still": torch.ones(2, dtype=torch.int32),
-    }
-    if base:
-        save(state, folder / base)
-    kept = [state]
-    for epoch in epochs:
-        change = {"fc": torch.randn(5, 3), "half": torch.randn(4).bfloat16(), "count": torch.tensor(1)}
-        state = {name: value + change[name] if name in change else value for name, value in state.items()}
-        kept.append(state)
-        save(change, folder / f"delta_weights_epoch_{epoch}.pth")
-    return kept
+def test_every_file_that_is_not_taken_is_listed_with_its_reason(tmp_path: Path) -> None:
+    kept = plain_loop(tmp_path, 3)
+    whole = (tmp_path / "checkpoint_1.pth").read_bytes()
+    (tmp_path / "checkpoint_1.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "events.out").write_bytes(os.urandom(300))
+    (tmp_path / "notes.txt").write_text("loss was fine")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "array.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "broken.safetensors").write_bytes((50).to_bytes(8, "little") + b'{"a":' + b" " * 60)
+    (tmp_path / "trainer_state.json").write_text("{")
+    (tmp_path / "model.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    save({}, tmp_path / "nothing.pth")
+    save(Trained().model, tmp_path / "whole_model.pth")
+    save(weights(1), tmp_path / "weights.pth")
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "gone.pth").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert steps(tmp_path) == [0, 2]
+    left = skipped(tmp_path)
+    assert {name: kind for name, (kind, _) in left.items()} == {
+        "checkpoint_1.pth": exchange.DAMAGED, "events.out": exchange.UNKNOWN, "notes.txt": exchange.UNKNOWN,
+        "empty.pth": exchange.DAMAGED, "array.npy": exchange.UNKNOWN, "broken.safetensors": exchange.DAMAGED,
+        "trainer_state.json": exchange.DAMAGED, "model.h5": exchange.UNKNOWN, "nothing.pth": exchange.UNKNOWN,
+        "whole_model.pth": exchange.UNKNOWN, "weights.pth": exchange.UNPLACED, "deep/deeper": exchange.UNKNOWN,
+        "gone.pth": exchange.UNKNOWN, "pipe.pth": exchange.DAMAGED,
+    }  # fmt: skip
+    assert "ModuleDict" in left["whole_model.pth"][1] and "rename it" in left["weights.pth"][1]
+    for epoch, got in imported(tmp_path).items():
+        check(kept[epoch], got.state)
 
 
-@pytest.mark.parametrize("base", ["weights_epoch_0.pth", "initial.pth", "base_weights.pth"])
-def test_deltas_are_added_to_their_base_in_their_own_dtype(tmp_path: Path, base: str) -> None:
-    expected = deltas(tmp_path, range(1, 7), base)
-    found = survey(tmp_path).found
-    assert [(one.step, one.role) for one in found] == [(0, exchange.STATE), *((n, exchange.DELTA) for n in range(1, 7))]
-    for step, got in imported(tmp_path).items():
-        check(expected[step], got.state)
-        assert bool(got.notes) == (step > 0)
+def test_a_file_or_folder_that_cannot_be_read_is_one_of_those(tmp_path: Path) -> None:
+    plain_loop(tmp_path / "old", 3)
+    (tmp_path / "old" / "closed").mkdir()
 
+    class Failing(Files):
+        def open_read(self, path: str) -> int:
+            if path.endswith("checkpoint_1.pth"):
+                raise PermissionError(13, "Permission denied")
+            return super().open_read(path)
 
-def test_the_delta_of_epoch_0_comes_behind_the_initial_weights(tmp_path: Path) -> None:
-    expected = deltas(tmp_path, range(4), "initial.pth")
-    got = imported(tmp_path)
-    assert list(got) == [0, 1, 2, 3, 4]
-    for step, one in got.items():
-        check(expected[step], one.state)
+        def names(self, path: str) -> list[tuple[str, bool]]:
+            if path.endswith("closed"):
+                raise PermissionError(13, "Permission denied")
+            return super().names(path)
 
-
-def test_deltas_within_larger_states_and_in_folders_of_their_own(tmp_path: Path) -> None:
-    base = {"epoch": 0, "model_state_dict": weights(1.0), "optimizer_state_dict": {"state": {}}}
-    save(base, tmp_path / "run" / "checkpoint.pth")
-    for epoch in (1, 2):
-        save({"epoch": epoch, "loss": 0.5, "delta": weights(epoch)}, tmp_path / f"delta_weights_epoch_{epoch}" / "w.pth")
-    got = imported(tmp_path)
-    assert [float(one.state["model_state_dict"]["fc.weight"][0]) for one in got.values()] == [1.0, 2.0, 4.0]
-    assert got[2].state.keys() == {"epoch", "loss", "model_state_dict"} and got[2].metrics == {"loss": 0.5}
-
-
-def test_deltas_without_their_base_are_refused_and_never_taken_for_weights(tmp_path: Path) -> None:
-    deltas(tmp_path, range(1, 4), None)
-    assert {one.role for one in survey(tmp_path).found} == {exchange.DELTA}
-    errors = refused(tmp_path)
-    assert list(errors) == [1, 2, 3]
-    for error in errors.values():
-        assert isinstance(error, NotFound) and "weights_epoch_0, initial, base" in error.what
-        assert "delta_weights_epoch" in error.where and error.do
-
-
-def test_behind_a_missing_delta_no_sum_is_made(tmp_path: Path) -> None:
-    expected = deltas(tmp_path, range(1, 9), "initial.pth")
-    (tmp_path / "delta_weights_epoch_3.pth").unlink()
-    save(expected[6], tmp_path / "weights_epoch_6.pth")
-    errors = refused(tmp_path)
-    assert list(errors) == [4, 5] and all("the file of step 3 is missing" in error.what for error in errors.values())
-    answers = dict(exchange.each(survey(tmp_path), Seam())) if False else None
-    assert answers is None
-    for found, got in exchange.each(survey(tmp_path), Seam()):
-        if found.step in (0, 1, 2, 6, 7, 8):  # from the weights of epoch 6 on, sums go on
-            assert isinstance(got, exchange.Imported)
-            check(expected[found.step], got.state)
+    found = exchange.survey(str(tmp_path / "old"), Seam(Failing()))
+    assert [one.step for one in found.found] == [0, 2]
+    assert [Path(one.path).name for one in found.skipped if "Permission denied" in one.why] == [
+        "checkpoint_1.pth",
+        "closed",
+    ]
+    with pytest.raises(StorageError):
+        exchange.survey(str(tmp_path / "old" / "closed"), Seam(Failing()))

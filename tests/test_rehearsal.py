@@ -345,7 +345,7 @@ def test_what_rules_keep_is_foreseen() -> None:
 def names(tracked: dict[str, Any], loader: Any = None) -> set[tuple[str, str]]:
     """Of what lies in the variables of the test that calls this."""
     mine = ("tracked", "loader", "request", "item", "self")
-    found = in_sight(tracked, loader)
+    found = in_sight(list(tracked.values()), loader)
     return {(sight.name, sight.what) for sight in found if sight.name.split("[")[0].split(".")[0] not in mine}
 
 

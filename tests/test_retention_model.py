@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections import Counter
@@ -373,9 +372,11 @@ def test_random_walks(place: str, tmp_path: Path) -> None:
     @given(st.data())
     def run(data: st.DataObject) -> None:
         walk = Walk(Store(next(folders) if place == "folder" else None), data, seen)
-        with contextlib.closing(walk.run):
+        try:
             for _ in range(STEPS):
                 walk.step()
+        finally:
+            walk.run.close()
         walk.check_end()
 
     run()

@@ -10,6 +10,7 @@ from everystep.analysis import LeafChange, ValueChange, compare_leaf, compare_va
 from everystep.restore import Opened
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf
+from everystep.schema.dtype import parse
 
 BATCH_BYTES = 64 << 20
 """Leaves that are read and compared at a time, as far as they are small."""
@@ -96,7 +97,7 @@ def _batches(
     unequal: dict[str, int] = {}
     for path in dict.fromkeys((*old, *new)):
         if path in old and path in new and before.opened.print_of(old[path]) == after.opened.print_of(new[path]):
-            form = f"{new[path].dtype}{list(new[path].shape)}"
+            form = f"{parse(new[path].dtype).name}{list(new[path].shape)}"
             found[path] = LeafChange(path, "same", 0.0, 0.0, 0.0, form, form)
         else:
             unequal[path] = sum(side[path].nbytes for side in (old, new) if path in side)

@@ -19,7 +19,7 @@ from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
 from everystep.schema.plain import check_text
 from everystep.seam import Process
-from everystep.upkeep import Decision, Freed, RunStats, Repacked, bring_back, can_return, collect, measure_run, repack
+from everystep.upkeep import Decision, Freed, Repacked, RunStats, bring_back, can_return, collect, measure_run, repack
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
 
@@ -282,9 +282,9 @@ class PastRun:
     def repack(self, *, dead: float = 0.5, progress: Callable[[int, int], None] | None = None) -> Repacked:
         """Empties packs that are mostly dead, and frees them. Safe beside a process that is saving.
 
-        A pack is freed as a whole: a frozen leaf, or a base that a later checkpoint leans on, holds all that lies beside
-        it. Such a pack's needed chunks are copied to new packs, for which there must be room first; checkpoints, tags
-        and what can be brought back stay as they are.
+        A pack is freed as a whole: a frozen leaf, or a base that a later checkpoint leans on, holds all that lies
+        beside it. What is needed of such a pack is copied to new packs, for which there must be room first. All that
+        is kept, or can be brought back, stays as it is.
 
         Args:
             dead: a pack is emptied if more than this share of it is needed by nothing.

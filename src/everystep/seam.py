@@ -279,6 +279,9 @@ class Seam:
                 env={**os.environ, **environment}, start_new_session=True,
             )  # fmt: skip
             limit = time.monotonic() + seconds
+            earlier = signal.getsignal(signal.SIGTERM)
+            if self.in_main_thread():  # who is ended in between must not leave it running
+                signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
             try:
                 while True:
                     try:
@@ -288,6 +291,8 @@ class Seam:
                     if time.monotonic() > limit:
                         return None
             finally:
+                if self.in_main_thread():
+                    signal.signal(signal.SIGTERM, earlier)
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()

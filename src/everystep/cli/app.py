@@ -11,12 +11,18 @@ from typer.core import TyperGroup
 
 import everystep
 from everystep import Error, UsageError
+from everystep.cli.completion import completion
+from everystep.cli.diff import diff
 from everystep.cli.doctor import doctor
 from everystep.cli.fsck import fsck
 from everystep.cli.log import log
 from everystep.cli.rehearse import SETTINGS
+from everystep.cli.retention import forget, prune, undo
+from everystep.cli.rewind import rewind
 from everystep.cli.screen import Screen
 from everystep.cli.show import show
+from everystep.cli.stats import stats
+from everystep.cli.tag import note, tag
 from everystep.cli.verify import verify_resume
 
 INTERRUPTED = 130  # as shells have it: 128 + SIGINT
@@ -112,6 +118,9 @@ app.command(
     Examples:
       everystep -r runs log                     all runs
       everystep -r runs log resnet -n 20        the 20 newest checkpoints
+      everystep -r runs log resnet --all        every line, as a graph
+      everystep -r runs log --best val_loss     the best of all runs
+      everystep -r runs log resnet --where "val_loss < 0.3 and step > 500"
       everystep -r runs log resnet --json | jq '.checkpoints[].step'
     """
 )(log)
@@ -122,13 +131,84 @@ app.command(
       everystep -r runs show resnet                  the run: config, tags, terms
       everystep -r runs show resnet@1200             the checkpoint of step 1200
       everystep -r runs show resnet@best:val_loss --all-leaves
+      everystep -r runs show resnet@latest --norms   is anything not finite?
     """
 )(show)
 app.command(
     epilog="""
     \b
     Examples:
+      everystep -r runs diff resnet@1000 @1200
+      everystep -r runs diff resnet@best:val_loss vit@latest --only model
+      everystep -r runs diff resnet@1000 @1200 --exit-code --json
+    """
+)(diff)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs tag resnet@best:val_loss release
+      everystep -r runs tag resnet@latest best_model --version   best_model_v1, …
+      everystep -r runs tag resnet                               its tags
+      everystep -r runs tag resnet release --delete
+    """
+)(tag)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs note resnet "the learning rate was too high"
+      everystep -r runs note resnet@1200 "the plot in the paper"
+      everystep -r runs note resnet                  its notes
+    """
+)(note)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs rewind resnet@1000
+      everystep -r runs rewind resnet@best:val_loss --takeover
+    """
+)(rewind)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs forget resnet --keep-last 10 --keep-best 3:val_loss --dry-run
+      everystep -r runs forget resnet --keep-every 1000 --keep-within 7d --force
+      everystep -r runs forget resnet --full-last 2    thin the others, drop none
+      everystep -r runs forget resnet@1200             drop that one
+    """
+)(forget)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs undo resnet
+    """
+)(undo)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs prune
+      everystep -r runs prune resnet --now      what undo could bring back goes, too
+    """
+)(prune)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs stats
+      everystep -r runs stats resnet --json | jq '.runs[0].ratio'
+    """
+)(stats)
+app.command(
+    epilog="""
+    \b
+    Examples:
       everystep -r runs fsck                    everything
+      everystep -r runs fsck --read 1/10        every record, a tenth of the data
       everystep -r runs fsck resnet --no-data   one run, fast
     """
 )(fsck)
@@ -151,6 +231,14 @@ app.command(
       everystep doctor --total-steps 100000 --save-every 500 train.py
     """,
 )(doctor)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      eval "$(everystep completion bash)"
+      everystep completion fish > ~/.config/fish/completions/everystep.fish
+    """
+)(completion)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.text import Text
-from typer.completion import completion_init, get_completion_script
+from typer.completion import completion_init, get_completion_script  # type: ignore[attr-defined]
 
 import everystep
 from everystep import Error, PastRun, Repository
@@ -16,7 +16,7 @@ from everystep.cli.screen import Screen
 
 STEPS_OFFERED = 50
 VARIABLE = "_EVERYSTEP_COMPLETE"
-# Bash cuts words at @ and at :, so RUN@best:METRIC reaches it in pieces: the whole word is taken from the line, and what
+# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line, and what
 # bash holds for other words is taken off the answers.
 _BASH = """
 _everystep_completion() {
@@ -45,7 +45,9 @@ def completion(
     shell: Annotated[Shell, typer.Argument(help="Which one.", metavar="bash|zsh|fish")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, an error too.")] = False,
 ) -> None:
-    """Print the script that makes a shell complete verbs, options, runs, tags and steps.
+    """Print the script that makes a shell complete what is typed.
+
+    It completes verbs, options, runs, tags, steps and metrics.
 
     For one session: bash: eval "$(everystep completion bash)"; zsh: eval "$(everystep completion zsh)", after compinit;
     fish: everystep completion fish | source. For all sessions, put that line into ~/.bashrc, ~/.zshrc or

@@ -14,6 +14,7 @@ from everystep import Examination
 from everystep.cli import human
 from everystep.cli.rehearse import (
     ArgsArgument,
+    ByHandOption,
     JsonOption,
     ModuleOption,
     OutputOption,
@@ -38,6 +39,7 @@ def doctor(
     save_every: Annotated[
         int | None, typer.Option("--save-every", min=1, help="Steps between its saves; else as its loop says.")
     ] = None,
+    by_hand: ByHandOption = False,
     module: ModuleOption = False,
     timeout: TimeoutOption = 1800.0,
     scratch: ScratchOption = None,
@@ -56,6 +58,7 @@ def doctor(
             steps=steps,
             total_steps=total_steps,
             save_every=save_every,
+            by_hand=by_hand,
             scratch=scratch,
             timeout=timeout,
             told=stage.told,

@@ -47,6 +47,13 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
+def share(part: float) -> str:
+    """Of a whole, so that only nothing is 0 % and only all of it is 100 %."""
+    if part in (0.0, 1.0):
+        return f"{part:.0%}".replace("%", " %")
+    return f"{min(max(100 * part, 0.01), 99.99):.3g} %" if part < 0.999 else f"{min(100 * part, 99.99):.4g} %"
+
+
 def count(number: int, one: str) -> str:
     """1 checkpoint, 2 checkpoints; leaves."""
     many = {"leaf": "leaves"}.get(one, f"{one}s")

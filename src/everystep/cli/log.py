@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from everystep import Checkpoint, Damaged, NotFound, PastRun, Repository, UsageError
-from everystep.cli import human
+from everystep.cli import human, typed
 from everystep.cli.checkpoints import about_checkpoint, about_sessions, graph_width, table_of, when, with_terms
 from everystep.cli.completion import metrics, runs
 from everystep.cli.graph import CURRENT, LEFT, draw
@@ -70,7 +70,9 @@ def log(
     ] = None,
     where: Annotated[
         str | None,
-        typer.Option("--where", metavar="CONDITION", help="Those of which it is true: 'val_loss < 0.3 and step > 500'."),
+        typer.Option(
+            "--where", metavar="CONDITION", help="Those of which it is true: 'val_loss < 0.3 and step > 500'."
+        ),
     ] = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
@@ -86,7 +88,7 @@ def log(
     are kept. The best value of each metric is green.
     """
     screen, repository = begin(context, repo, as_json)
-    metric, mode = _metric(best)
+    metric, mode = typed.metric(best, "--best") if best is not None else (None, None)
     asked = Asked(number, all_lines, metric, mode, tag, where)
     if run is not None:
         document, parents = _of_run(repository, pick_run(repository, run), asked)
@@ -100,28 +102,10 @@ def log(
         screen.give({"repository": repository.url, "runs": found}, lambda: _runs(repository, found, screen.width))
 
 
-def _metric(best: str | None) -> tuple[str | None, str | None]:
-    """METRIC or METRIC:MODE; the name of a metric may have a colon, too.
-
-    Raises:
-        UsageError: for an empty name.
-    """
-    if best is None:
-        return None, None
-    name, colon, mode = best.rpartition(":")
-    if not (colon and mode in ("min", "max")):
-        name, mode = best, ""
-    if not name:
-        raise UsageError("--best does not say which metric", do="--best val_loss, or --best val_loss:min")
-    return name, mode or None
-
-
 # which checkpoints -----------------------------------------------------------------------------------------------
 
 
-def _of_run(
-    repository: Repository, past: PastRun, asked: Asked
-) -> tuple[dict[str, Any], dict[str, str | None]]:
+def _of_run(repository: Repository, past: PastRun, asked: Asked) -> tuple[dict[str, Any], dict[str, str | None]]:
     line, kept = past.checkpoints(), past.checkpoints(all=True)
     current = {checkpoint.id for checkpoint in line}
     found = _narrow(past, asked) if asked.narrowed else kept

@@ -23,6 +23,9 @@ ArgsArgument = Annotated[
     list[str] | None, typer.Argument(help="Its own arguments and options, as they are.", metavar="ARGS")
 ]
 ModuleOption = Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module, as in python -m.")]
+ByHandOption = Annotated[
+    bool, typer.Option("--by-hand", help="Loops save nothing by themselves; only what SCRIPT saves by hand counts.")
+]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds for each time the script runs.")]
 ScratchOption = Annotated[
     str | None,

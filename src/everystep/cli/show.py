@@ -145,7 +145,7 @@ def _run(repository: Repository, about: dict[str, Any]) -> Iterator[Text]:
         ("saved", _moment(repository, latest["time"]) if latest else ""),
         ("steps", human.steps(about["steps"])),
         ("other lines", human.count(left, "checkpoint") if left else ""),
-        ("dropped", f"{human.steps(about['undoable'])}: undo brings back what was dropped last" if about["undoable"] else ""),
+        ("dropped", f"{human.steps(about['undoable'])}; undo brings them back" if about["undoable"] else ""),
         ("began with", "; ".join(map(_origin, about["origins"]))),
         ("size", stored if latest else ""),
         ("metrics", human.value(about["metrics"])),

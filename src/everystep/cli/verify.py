@@ -13,6 +13,7 @@ import everystep
 from everystep.cli import human
 from everystep.cli.rehearse import (
     ArgsArgument,
+    ByHandOption,
     JsonOption,
     ModuleOption,
     OutputOption,
@@ -45,6 +46,7 @@ def verify_resume(
     ignore: Annotated[
         list[str] | None, typer.Option("--ignore", help="A path that may differ, * and ? allowed; can be repeated.")
     ] = None,
+    by_hand: ByHandOption = False,
     module: ModuleOption = False,
     timeout: TimeoutOption = 1800.0,
     scratch: ScratchOption = None,
@@ -63,6 +65,7 @@ def verify_resume(
             after=after,
             steps=steps,
             ignore=ignore or (),
+            by_hand=by_hand,
             scratch=scratch,
             timeout=timeout,
             told=stage.told,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import pairwise
 
 from everystep.exchange.candidate import Candidate
@@ -29,8 +30,8 @@ def place(candidates: Sequence[Candidate]) -> tuple[list[Placed], list[Skipped]]
     """Candidates with their steps, sorted; what has none is skipped."""
     candidates = _without_constants(candidates)
     steps = {at: step for at, candidate in enumerate(candidates) if (step := _step(candidate)) is not None}
-    if all(candidates[at].facts.epoch in (None, step) for at, (step, how) in steps.items() if how == NUMBER):
-        steps = {at: one for at, one in steps.items() if one[1] != NUMBER or candidates[at].facts.epoch is None}
+    if all(how == NUMBER and candidates[at].facts.epoch in (None, step) for at, (step, how) in steps.items()):
+        steps = {at: one for at, one in steps.items() if candidates[at].facts.epoch is None}
     by_name = _by_name(candidates)
     if _within_epochs(candidates, steps) and len(by_name) == len(steps) and not _within_epochs(candidates, by_name):
         steps = by_name
@@ -131,7 +132,7 @@ def _beside_steps(
         epoch = epochs[at]
         if epoch in known:
             placed.append(_of_step(candidates[at], known[epoch], f"epoch {epoch}, whose step another file has"))
-        elif line is not None and line[0] * epoch + line[1] >= 0:
+        elif line is not None:
             how = f"epoch {epoch}, at {line[0]} steps an epoch as in the other files"
             placed.append(_of_step(candidates[at], line[0] * epoch + line[1], how))
         else:
@@ -141,15 +142,14 @@ def _beside_steps(
 
 
 def _line(known: dict[int, int]) -> tuple[int, int] | None:
-    """(a, b) with step = a·epoch + b for all that is known; of one file alone, b is 0."""
-    points = sorted(known.items())
-    if not points:
-        return None
-    (e0, s0), (e1, s1) = ((0, 0), points[0]) if len(points) == 1 else (points[0], points[-1])
-    if e1 == e0 or (s1 - s0) % (e1 - e0) or (a := (s1 - s0) // (e1 - e0)) <= 0:
-        return None
-    b = s0 - a * e0
-    return (a, b) if all(a * epoch + b == step for epoch, step in points) else None
+    """(a, b) with step = a·epoch + b for all that is known; b is 0, or a where epochs count from 0."""
+    for first in (0, 1):
+        rates = {Fraction(step, epoch + first) for epoch, step in known.items() if epoch + first}
+        if len(rates) == 1 and all(step == 0 for epoch, step in known.items() if not epoch + first):
+            rate = rates.pop()
+            if rate.denominator == 1 and rate > 0:
+                return int(rate), int(rate) * first
+    return None
 
 
 def _unknown(candidates: list[Candidate], alone: bool) -> tuple[list[Placed], list[Skipped]]:

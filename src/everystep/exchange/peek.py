@@ -102,8 +102,11 @@ class _Light:
 
 def _item(value: Any) -> Any:
     """An array of one element as a number of Python; a stand for what is none."""
+    array = np.asarray(value)
+    if array.size != 1:
+        return Stand.ARRAY
     try:
-        item = np.asarray(value).reshape(-1)[0].item()
+        item = array.reshape(-1)[0].item()
         return item if type(item) in (bool, int, float) else float(item)
     except (TypeError, ValueError, AttributeError, OverflowError):
         return Stand.OTHER

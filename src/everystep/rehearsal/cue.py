@@ -26,6 +26,8 @@ class Cue(msgspec.Struct, frozen=True):
     total: int | None = None
     save_every: int | None = None
     """Steps of the planned run and between its saves, where the script does not say."""
+    by_hand: bool = False
+    """Loops save nothing by themselves: only what the script saves by hand counts."""
 
 
 class Opened(msgspec.Struct, tag="opened", frozen=True):

@@ -107,6 +107,7 @@ def examine(
     steps: int = 5,
     total_steps: int | None = None,
     save_every: int | None = None,
+    by_hand: bool = False,
     scratch: str | None = None,
     timeout: float = 1800.0,
     told: Told = lambda text: None,
@@ -119,6 +120,7 @@ def examine(
         script: a Python file, or a whole command.
         steps: how many; the last three are saved.
         total_steps, save_every: of the planned run, in steps; by default as the script's loop says.
+        by_hand: loops save nothing by themselves; what counts is what the script saves by hand in them.
         scratch: a folder for the checkpoints of the rehearsal, on the disk whose speed is to be measured; removed at
             the end.
         timeout: seconds for the script.
@@ -140,7 +142,7 @@ def examine(
     with seam.scratch_folder(scratch) as folder:
         stage = Stage(command, folder, seam, timeout, told, heard)
         points = [step for step in (steps - 2, steps - 1, steps) if step > 0]
-        cue = Cue(stage.new_folder("whole"), points, total_steps, save_every)
+        cue = Cue(stage.new_folder("whole"), points, total_steps, save_every, by_hand)
         take = stage.take(f"a rehearsal of {steps} steps", cue)
         return _examined(take, seam)
 

@@ -75,6 +75,7 @@ def verify_resume(
     after: int = 2,
     steps: int = 2,
     ignore: Sequence[str] = (),
+    by_hand: bool = False,
     scratch: str | None = None,
     timeout: float = 1800.0,
     told: Told = lambda text: None,
@@ -88,6 +89,7 @@ def verify_resume(
         after: steps before the interruption. A script that saves by hand: its first save from there on.
         steps: steps after it, until both are compared.
         ignore: paths that may differ, with * and ?, such as "state/started_at".
+        by_hand: loops save nothing by themselves; what counts is what the script saves by hand in them.
         scratch: a folder for the checkpoints of the rehearsal, about four states; removed at the end.
         timeout: seconds for each time that the script runs.
         told: is told what is done now.
@@ -102,14 +104,14 @@ def verify_resume(
     command = [sys.executable, script] if isinstance(script, str) else list(script)
     with seam.scratch_folder(scratch) as folder:
         stage = Stage(command, folder, seam, timeout, told, heard)
-        return _Trial(stage, after, steps, tuple(ignore)).judge()
+        return _Trial(stage, after, steps, tuple(ignore), by_hand).judge()
 
 
 class _Trial:
     """One script: as many takes as its verdict needs."""
 
-    def __init__(self, stage: Stage, after: int, steps: int, ignore: tuple[str, ...]) -> None:
-        self._stage, self._after, self._steps, self._ignore = stage, after, steps, ignore
+    def __init__(self, stage: Stage, after: int, steps: int, ignore: tuple[str, ...], by_hand: bool) -> None:
+        self._stage, self._after, self._steps, self._ignore, self._by_hand = stage, after, steps, ignore, by_hand
         self._begun = stage.seam.monotonic()
 
     def judge(self) -> ResumeReport:
@@ -149,12 +151,14 @@ class _Trial:
 
     def _whole(self, title: str, name: str) -> Take:
         last = self._after + self._steps
-        return self._stage.take(f"{title}, to step {last}", Cue(self._stage.new_folder(name), [self._after, last]))
+        cue = Cue(self._stage.new_folder(name), [self._after, last], by_hand=self._by_hand)
+        return self._stage.take(f"{title}, to step {last}", cue)
 
     def _resume(self, title: str, name: str, whole: Take, point: Noted, end: int) -> Take:
         folder = self._stage.new_folder(name)
         term = leave_at(whole, point, folder)
-        return self._stage.take(f"{title}, from step {point.step} to {end}", Cue(folder, [end]), term)
+        cue = Cue(folder, [end], by_hand=self._by_hand)
+        return self._stage.take(f"{title}, from step {point.step} to {end}", cue, term)
 
     def _points(self, whole: Take) -> tuple[Noted, int]:
         """The save to resume from, and the last step.
@@ -218,10 +222,12 @@ class _Story:
         self, verdict: str, final: Checkpoint, compared: tuple[str, str], differing: list[Differing]
     ) -> ResumeReport:
         leaves = final._open().leaves()
+        place = self.whole.place_of(self.point.folder)
+        said = ["the repository is in memory: nothing is there to resume from"] if place.startswith("memory://") else []
         return ResumeReport(
             verdict=verdict,
             run=self.point.run,
-            place=self.whole.place_of(self.point.folder),
+            place=place,
             interrupted_at=self.point.step,
             compared_at=final.step,
             leaves=len(leaves),
@@ -230,7 +236,7 @@ class _Story:
             differing=differing,
             untracked=self._untracked(),
             causes=list(self._causes(verdict, differing)) if verdict != EXACT else [],
-            warnings=list(dict.fromkeys([*self.whole.warnings, *self.resumed.warnings])),
+            warnings=list(dict.fromkeys([*said, *self.whole.warnings, *self.resumed.warnings])),
             seconds=self.seconds(),
         )
 

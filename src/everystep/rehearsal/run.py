@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import median
 from typing import Any
+from weakref import WeakSet
 
 from everystep import rules
-from everystep.errors import UsageError
+from everystep.checkpoint import Checkpoint
+from everystep.errors import NotFound, UsageError
 from everystep.loop import Batches, Loop, Steps
 from everystep.rehearsal.cue import VARIABLE, About, Cue, Note, Noted, Resumed, Warned, cue_of, note
 from everystep.rehearsal.forecast import Planned, by_hand, foresee
 from everystep.rehearsal.sight import in_sight, surroundings
 from everystep.run import Run
 from everystep.save import Saved, Writer
+from everystep.schema import LoadReport
 from everystep.vault import Committed, Place
+
+
+_RUNS: WeakSet[RehearsedRun] = WeakSet()
+"""Those of this process: what one of them tracks is captured."""
 
 
 class RehearsedRun(Run):
@@ -33,6 +40,7 @@ class RehearsedRun(Run):
         self._paces: list[float] = []
         self._saved: int | None = None
         self._by_hand: list[int] = []
+        _RUNS.add(self)
         self._loader: Iterable[Any] | None = None
 
     def steps(
@@ -62,6 +70,15 @@ class RehearsedRun(Run):
         self._loop = loop
         return loop
 
+    def start_from(
+        self, source: str | Checkpoint, *, only: str | Collection[str] | None = None, strict: bool = True
+    ) -> LoadReport | None:
+        try:
+            return super().start_from(source, only=only, strict=strict)
+        except NotFound:  # other runs are not touched either, so none is there
+            self._warn(f"start_from({source!r}) is left out in a rehearsal: it begins with what the script made")
+            return None
+
     def _watched(self) -> rules.Rule:
         """The script's rule, and one that is asked at every top of the loop. A loop that has nothing to save is left
         alone: what counts then is what the script saves by hand."""
@@ -73,7 +90,7 @@ class RehearsedRun(Run):
         if self._clock is not None:
             self._paces.append(now - self._clock)
         self._clock, self._top = now, step
-        return "a rehearsal" if self._is_point(step) else None
+        return "a rehearsal" if self._is_point(step) and not self._cue.by_hand else None
 
     def _is_point(self, step: int) -> bool:
         return bool(self._ahead) and step >= self._ahead[0] and step > self._began
@@ -137,7 +154,7 @@ class RehearsedRun(Run):
             step_seconds=pace,
             planned=self._planned(pace),
             misfits=[f"{title}: {path}" for title in misfits for path in getattr(report, title)],
-            sights=in_sight(self._tracked, self._loader),
+            sights=in_sight([target for run in _RUNS for target in run._tracked.values()], self._loader),
             surroundings=surroundings(self._vault.seam),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from types import BuiltinFunctionType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -28,10 +28,11 @@ class Sight(msgspec.Struct, frozen=True):
     kind: str
 
 
-def in_sight(tracked: Mapping[str, Any], loader: Iterable[Any] | None) -> list[Sight]:
+def in_sight(tracked: Iterable[Any], loader: Iterable[Any] | None) -> list[Sight]:
     """Generators, loaders and objects with a state_dict that the functions under way can reach by name.
 
     Args:
+        tracked: by any run of the process.
         loader: what the run's own loop goes through; other loaders are of no concern then.
     """
     own = list(loaders.generators(loader).values()) if loader is not None else []
@@ -124,9 +125,9 @@ def _is_made_of(value: Any, known: set[int]) -> bool:
     return _is_module(value) and all(id(part) in known for part in (*value.parameters(), *value.buffers()))
 
 
-def _parts_of_all(tracked: Mapping[str, Any]) -> Iterator[Any]:
+def _parts_of_all(tracked: Iterable[Any]) -> Iterator[Any]:
     """What comes along with the tracked objects."""
-    for target in tracked.values():
+    for target in tracked:
         pair = adapters.is_pair(target)
         for held in (*_held_by(target[0]), *_held_by(target[1])) if pair else (target,):
             inside = (part for _, part in _look(held, "", 0, set()))

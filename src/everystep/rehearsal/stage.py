@@ -123,10 +123,11 @@ class Stage:
                 do="give it more time with --timeout; a script that saves by hand ends only with the saves asked for",
             )
         elif code != 0:
-            last = f": {lines[-1].strip()}" if lines else ""
+            said = next((f": {line}" for line in reversed(lines) if not line[0].isspace()), "")
             failed = RehearsalFailed(
-                f"the script ended with exit code {code}{last}",
-                do="run it by itself; in a rehearsal its repository is empty at first, and other runs are not in it",
+                f"the script ended with exit code {code}{said}",
+                do="run it by itself; in a rehearsal its repository is empty at first. If its loop saves by hand, "
+                "with state= that it needs again: --by-hand",
             )
         elif not any(isinstance(note, Opened) for note in take.notes):
             failed = RehearsalFailed(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,9 +16,11 @@ from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import CheckpointRetired, Damaged, ObjectMissing, UsageError
 from everystep.restore.fetch import Progress, fetch_leaves
 from everystep.schema import Composite, Leaf, Region, Tree, paths_of, select, unflatten, without
+from everystep.seam import Pool
 from everystep.vault import Committed, Manifest, PartView, RunVault
 from everystep.vault.record import Attach
 
+T = TypeVar("T")
 LIKES = ("numpy", "torch", "saved")
 OPTIMIZER = "optimizer"
 
@@ -26,8 +28,12 @@ OPTIMIZER = "optimizer"
 class Opened:
     """A checkpoint whose manifest has been read and verified; chunks are read as they are asked for."""
 
-    def __init__(self, vault: RunVault, commit: Committed, manifest: Manifest, *, thin: bool = False) -> None:
-        self._vault, self._commit, self.manifest, self.thin = vault, commit, manifest, thin
+    def __init__(
+        self, vault: RunVault, commit: Committed, manifest: Manifest, *, thin: bool = False, rank: int | None = None
+    ) -> None:
+        self._vault, self._commit, self.thin, self._rank = vault, commit, thin, rank
+        views = tuple(view for view in manifest.views if rank is None or view.rank == rank)
+        self.manifest = replace(manifest, views=views)
 
     @property
     def tree(self) -> Tree:
@@ -36,10 +42,9 @@ class Opened:
 
     def of_rank(self, rank: int) -> Opened | None:
         """What one rank saved, and that alone; None if there was no such rank."""
-        views = tuple(view for view in self.manifest.views if view.rank == rank)
-        if not views:
+        if all(view.rank != rank for view in self.manifest.views):
             return None
-        return Opened(self._vault, self._commit, replace(self.manifest, views=views), thin=self.thin)
+        return Opened(self._vault, self._commit, self.manifest, thin=self.thin, rank=rank)
 
     def names(self) -> list[str]:
         """The top-level names of the state, as far as it is still there."""
@@ -68,8 +73,7 @@ class Opened:
             raise UsageError(f"like={like!r} is not known", do=f"one of {', '.join(LIKES)}")
         trees = self._trees(path)
         leaves = {tree.leaves[node[1]].path for tree in trees for node in tree.nodes if node[0] == "leaf"}
-        with self._open_pool() as pool, _blame(self._vault, self._commit):
-            data = fetch_leaves(self._vault, self.manifest, leaves, pool, progress)
+        data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, leaves, pool, progress))
         built = [_build(tree, data, like, types) for tree in trees]
         whole = built[0]
         for other in built[1:]:
@@ -88,8 +92,7 @@ class Opened:
     def arrays(self, paths: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray[Any, Any]]:
         """path -> the leaf there as an array, whatever else it was."""
         leaves = {leaf.path: msgspec.structs.replace(leaf, kind="array") for leaf in self.leaves()}
-        with self._open_pool() as pool, _blame(self._vault, self._commit):
-            data = fetch_leaves(self._vault, self.manifest, paths, pool, progress)
+        data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, paths, pool, progress))
         return {path: numpy_adapter.build(leaves[path], data[path]) for path in paths}
 
     def print_of(self, leaf: Leaf) -> Any:
@@ -125,14 +128,16 @@ class Opened:
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every chunk; the number of plain bytes."""
+        return self._read(lambda pool: self._verify(pool, progress))
+
+    def _verify(self, pool: Pool, progress: Progress | None) -> int:
         total = 0
-        with self._open_pool() as pool, _blame(self._vault, self._commit):
-            for view in self.manifest.views:
-                for group in self._vault.read_chunks(view, view.there(thin=self.thin), pool):
-                    nbytes = sum(data.nbytes for _, data in group)
-                    total += nbytes
-                    if progress is not None:
-                        progress(nbytes)
+        for view in self.manifest.views:
+            for group in self._vault.read_chunks(view, view.there(thin=self.thin), pool):
+                nbytes = sum(data.nbytes for _, data in group)
+                total += nbytes
+                if progress is not None:
+                    progress(nbytes)
         return total
 
     def _trees(self, path: str) -> list[Tree]:
@@ -151,13 +156,18 @@ class Opened:
             )
         return found
 
-    @contextmanager
-    def _open_pool(self) -> Iterator[Any]:
-        pool = self._vault.seam.pool(self._vault.settings.workers, "everystep-read")
-        try:
-            yield pool
-        finally:
-            pool.close()
+    def _read(self, read: Callable[[Pool], T]) -> T:
+        """What `read` reads through the manifest: from its beginning again, where the bytes are moved meanwhile."""
+        with closing(self._vault.seam.pool(self._vault.settings.workers, "everystep-read")) as pool:
+            while True:
+                try:
+                    return read(pool)
+                except ObjectMissing as error:
+                    moved = _moved(self._vault, self._commit, error, thin=self.thin)
+                again = open_checkpoint(self._vault, moved)
+                self._commit, views = again._commit, again.manifest.views
+                mine = tuple(view for view in views if self._rank in (None, view.rank))
+                self.manifest = replace(again.manifest, views=mine)
 
 
 def _is_optimizer(leaf: Leaf) -> bool:
@@ -170,29 +180,44 @@ def open_checkpoint(vault: RunVault, commit: Committed) -> Opened:
     Raises:
         CheckpointRetired, Damaged: accordingly.
     """
-    with _blame(vault, commit):
-        return Opened(vault, commit, vault.manifest(commit), thin=commit.event.id in vault.history().thin)
+    while True:
+        try:
+            return Opened(vault, commit, vault.manifest(commit), thin=commit.event.id in vault.history().thin)
+        except ObjectMissing as error:
+            commit = _moved(vault, commit, error)
 
 
 def read_attachment(vault: RunVault, attached: Attach) -> bytes:
-    return vault.read_pages(attached.where, f"{vault.where} attachment {attached.name}")
+    """The bytes of an attached file."""
+    while True:
+        try:
+            return vault.read_pages(attached.where, f"{vault.where} attachment {attached.name}")
+        except ObjectMissing:
+            now = vault.history().attachments.get(attached.name)
+            if now is None or now == attached:
+                raise
+            attached = now
 
 
-@contextmanager
-def _blame(vault: RunVault, commit: Committed) -> Iterator[None]:
-    """A pack that is missing: was the checkpoint retired meanwhile, or is it damage?"""
-    try:
-        yield
-    except ObjectMissing as error:
-        if commit.event.id not in vault.history().live:
-            raise CheckpointRetired(
-                f"the checkpoint of step {commit.event.step} has been dropped",
-                where=vault.where,
-                do="list what is kept: everystep log",
-            ) from error
-        raise Damaged(
-            f"the checkpoint of step {commit.event.step} has lost a file", where=error.where, do="run fsck"
+def _moved(vault: RunVault, commit: Committed, error: ObjectMissing, *, thin: bool = True) -> Committed:
+    """A pack is missing: the checkpoint as it lies now, if its bytes were moved meanwhile.
+
+    Raises:
+        CheckpointRetired: if what is missing was dropped.
+        Damaged: otherwise.
+    """
+    history, event = vault.history(), commit.event
+    now = history.commits.get(event.id)
+    if now is not None and now.event.root != event.root:
+        return now
+    if event.id not in history.live or (event.id in history.thin and not thin):
+        what = "thinned: its optimizer state is gone" if event.id in history.live else "dropped"
+        raise CheckpointRetired(
+            f"the checkpoint of step {event.step} has been {what}",
+            where=vault.where,
+            do="list what is kept: everystep log",
         ) from error
+    raise Damaged(f"the checkpoint of step {event.step} has lost a file", where=error.where, do="run fsck") from error
 
 
 def _build(tree: Tree, data: dict[str, np.ndarray[Any, Any]], like: str, types: Sequence[type]) -> Any:

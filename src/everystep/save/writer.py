@@ -239,8 +239,7 @@ class Writer:
         try:
             id, stored = self._write(job, draft)
         except Condemned:
-            draft = self._without_bases(draft)
-            id, stored = self._write(job, draft)
+            id, stored, draft = self._write_anew(job, draft)
         except StorageFull:
             if self.ranks > 1 or not self._keeper.make_room(job.snapshot.layout.nbytes):
                 raise
@@ -256,10 +255,28 @@ class Writer:
         self._last_step, self.parent, self.known = job.step, id, stored.known
         return id
 
-    def _without_bases(self, draft: Draft) -> Draft:
-        """The same save once more, leaning on nothing: what it leaned on was freed. All ranks do so together."""
+    def _write_anew(self, job: Job, draft: Draft) -> tuple[str, Stored, Draft]:
+        """Once more, when what it leaned on was freed: with what the parent holds by now, then leaning on nothing."""
+        draft = self._without_bases(draft, self._known_now())
+        try:
+            return *self._write(job, draft), draft
+        except Condemned:
+            draft = self._without_bases(draft, Known())
+            return *self._write(job, draft), draft
+
+    def _known_now(self) -> Known:
+        """What the parent holds, where it lies now: a repack may have moved it."""
+        try:
+            history = self._vault.history()
+            whole = set() if history.damaged else history.live.keys() - history.thin
+            return Known.of(self._vault.manifest(history.commits[self.parent])) if self.parent in whole else Known()
+        except Error:
+            return Known()  # what cannot be read is not referred to; a load of it says why
+
+    def _without_bases(self, draft: Draft, known: Known) -> Draft:
+        """The same save under another name, without bases. All ranks do so together."""
         self._bases.forget()
-        self.known = Known()
+        self.known = known
         if self.ranks > 1:
             if self.rank == 0:
                 commits.abandon(self._vault, self.term, draft, [], self._author, again=True)

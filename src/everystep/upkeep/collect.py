@@ -93,7 +93,13 @@ def bring_back(vault: RunVault, ids: Sequence[str], author: str) -> None:
 
 
 def collect(
-    vault: RunVault, author: str, *, at_once: bool = False, room_bytes: int = 0, stamp: bool = True, rewrites: bool = False
+    vault: RunVault,
+    author: str,
+    *,
+    at_once: bool = False,
+    room_bytes: int = 0,
+    stamp: bool = True,
+    rewrites: bool = False,
 ) -> Freed:
     """Frees packs that no live or undoable checkpoint needs, and what dead processes left behind.
 

@@ -144,11 +144,20 @@ def _check_run(vault: RunVault, report: CheckReport, chunks: _Chunks | None, pro
     finally:
         pool.close()
     report.bytes_there += chunks.nbytes if chunks is not None else 0
-    for name, attached in history.attachments.items():
+    for name in list(history.attachments):
+        _check_attachment(vault, name, report)
+
+
+def _check_attachment(vault: RunVault, name: str, report: CheckReport) -> None:
+    while True:
+        attached = vault.history().attachments[name]
         try:
             vault.read_pages(attached.where, vault.where)
+            return
         except (Damaged, StorageError) as error:
-            report.findings.append(Finding(vault.name, f"attachment {name}: {error.what}", error.where))
+            if vault.history().attachments[name] == attached:  # else it has been moved, or replaced
+                report.findings.append(Finding(vault.name, f"attachment {name}: {error.what}", error.where))
+                return
 
 
 def _check_checkpoint(
@@ -164,9 +173,10 @@ def _check_checkpoint(
         now = vault.history()
         if event.id not in now.live:
             return  # its run has dropped it since: then nothing of it need be there
-        if found is None or (event.id in now.thin) == thin:
+        moved = now.commits[event.id]
+        if found is None or (moved == commit and (event.id in now.thin) == thin):
             break
-        found = None
+        found, commit = None, moved
     if found is not None:
         report.findings.append(_finding(vault, commit, found))
     report.checked.append(Checked(vault.name, event.id, event.step, found is None))

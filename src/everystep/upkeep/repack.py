@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from everystep.errors import Conflict, Damaged, Error, ObjectMissing, StorageError, UsageError
+from everystep.errors import Conflict, Damaged, Error, ObjectMissing, UsageError
 from everystep.upkeep.collect import check_readable, collect, packs_of, size_of
 from everystep.upkeep.moving import Emptied, Mover, Resident
 from everystep.upkeep.usage import Uses, held

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from everystep.upkeep.collect import can_return, packs_of, size_of
-from everystep.vault import CODEC_NAMES, Committed, PartView, RunVault, Spot
+from everystep.upkeep.usage import Uses, held
+from everystep.vault import CODEC_NAMES, Committed, Manifest, PartView, RunVault, Spot
 from everystep.vault.names import record_key
 
 Progress = Callable[[int, int], None]
@@ -37,6 +38,8 @@ class RunStats:
     log_bytes: int = 0
     other_bytes: int = 0
     """Held by what can be brought back, attachments, a save under way, or the dead parts of packs."""
+    dead_bytes: int = 0
+    """Of these, what nothing needs in packs that something is needed of: what a repack may free."""
     roles: dict[str, Share] = field(default_factory=dict)
     """Logical bytes of a role count once for each checkpoint."""
     codecs: dict[str, Share] = field(default_factory=dict)
@@ -53,7 +56,7 @@ class RunStats:
 
 
 def measure_run(vault: RunVault, progress: Progress | None = None) -> RunStats:
-    """Reads the manifest of every live checkpoint, and no chunk.
+    """Reads the manifest of every checkpoint that is live or can be brought back, and no chunk.
 
     Args:
         progress: told (checkpoints done, checkpoints in all).
@@ -62,22 +65,31 @@ def measure_run(vault: RunVault, progress: Progress | None = None) -> RunStats:
     found = RunStats(vault.name, len(history.live), len(history.thin & set(history.live)))
     found.undoable = sum(can_return(history, id) for id in history.dropped)
     counted: set[tuple[object, int]] = set()
-    for count, id in enumerate(history.live, 1):
-        _add(found, vault, history.commits[id], counted, thin=id in history.thin)
+    uses = Uses()
+    for attached in history.attachments.values():
+        uses.add_pages(attached.where)
+    kept = held(vault, history)
+    for count, (id, thin) in enumerate(kept.items(), 1):
+        manifest = vault.manifest(history.commits[id])
+        uses.add(manifest, history.commits[id].event.root, thin=thin)
+        if id in history.live:
+            _add(found, history.commits[id], manifest, counted, thin=id in history.thin)
         if progress is not None:
-            progress(count, len(history.live))
+            progress(count, len(kept))
     found.log_bytes = sum(
         vault.storage.stat(record_key(vault.folder, slot)).nbytes
         for slot in range(history.slots)
         if slot not in history.damaged
     )
-    packs = sum(size_of(vault, pack) for pack in packs_of(vault))
-    found.other_bytes = max(0, packs - found.chunk_bytes - found.manifest_bytes)
+    sizes = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    found.other_bytes = max(0, sum(sizes.values()) - found.chunk_bytes - found.manifest_bytes)
+    found.dead_bytes = sum(uses.dead_bytes(sizes).values())
     return found
 
 
-def _add(found: RunStats, vault: RunVault, commit: Committed, counted: set[tuple[object, int]], *, thin: bool) -> None:
-    manifest = vault.manifest(commit)
+def _add(
+    found: RunStats, commit: Committed, manifest: Manifest, counted: set[tuple[object, int]], *, thin: bool
+) -> None:
     root = commit.event.root
     for page in (root, *manifest.parts, *(page for view in manifest.views for page in view.placement.pages())):
         place = ((page.writer, page.number), page.offset)

@@ -1,0 +1,59 @@
+"""`everystep rewind`: go back on purpose, so that the run continues from there."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from everystep import RunInUse
+from everystep.cli import human
+from everystep.cli.completion import checkpoints
+from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick_checkpoint
+
+
+def rewind(
+    context: typer.Context,
+    target: Annotated[
+        str, typer.Argument(help="The checkpoint to go back to.", metavar="RUN@SPEC", autocompletion=checkpoints)
+    ],
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="Do not wait for a process that may be writing; it is told at its save.")
+    ] = False,
+    repo: RepoOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go back to a checkpoint, to continue from there.
+
+    What the run saves next continues from it. The line that is left stays: log --all shows it, RUN@SPEC loads from it,
+    and rewind goes forward again. Takes the run over; it waits for a process that may still be writing it.
+    """
+    screen, repository = begin(context, repo, as_json)
+    past, checkpoint = pick_checkpoint(repository, target)
+    line = past.checkpoints()
+    moved = not line or line[-1] != checkpoint
+    if moved:
+        with (
+            instead(RunInUse, do="end it first, or --takeover"),
+            repository.run(past.name, takeover=takeover) as run,
+        ):
+            run.rewind(checkpoint)
+    now = past.checkpoints()
+    left = [one.step for one in line if one not in now]
+    document = {
+        "repository": repository.url,
+        "run": past.name,
+        "id": checkpoint.id,
+        "step": checkpoint.step,
+        "moved": moved,
+        "left": left,
+    }
+    name = Text(human.clean(past.name), "bold")
+    if not moved:
+        screen.give(document, lambda: [name.append(f" is at step {checkpoint.step} already", "not bold")])
+        return
+    note = f"; {human.count(len(left), 'checkpoint')} left on another line: log --all" if left else ""
+    screen.give(
+        document, lambda: [name.append(f" continues from step {checkpoint.step}, {checkpoint.id}{note}", "not bold")]
+    )
