@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -435,3 +436,26 @@ def test_a_file_or_folder_that_cannot_be_read_is_one_of_those(tmp_path: Path) ->
     ]
     with pytest.raises(StorageError):
         exchange.survey(str(tmp_path / "old" / "closed"), Seam(Failing()))
+
+
+def test_no_damage_makes_the_look_itself_fail(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    plain_loop(old, 1)
+    state = {"step": 3, "loss": 0.5, "w": np.ones(3), "deep": [{"n": np.float32(2)}]}
+    exchange.export(state, old / "a.npz")
+    exchange.export(state, old / "a.safetensors", step=4, metrics={"loss": 0.25})
+    np.savez(old / "plain.npz", step=5, loss=0.5, w=np.ones(3))
+    (old / "trainer_state.json").write_text('{"global_step": 6, "epoch": 1.5, "log_history": [{"loss": 1, "step": 6}]}')
+    whole = {path: path.read_bytes() for path in old.iterdir()}
+    chance = random.Random(0)
+    for _ in range(100):
+        for path, data in whole.items():
+            # Most of a small file is structure, and most of that lies at its ends.
+            broken, span = bytearray(data), min(len(data), 600)
+            broken[chance.choice((1, -1)) * chance.randrange(1, span)] = chance.randrange(256)
+            path.write_bytes(broken[: chance.choice((len(data), len(data), chance.randrange(len(data))))])
+        found = survey(old)
+        there = {piece.path for one in found.found for piece in one.pieces} | {one.path for one in found.skipped}
+        assert there >= {str(path) for path in whole if path.suffix != ".json"}
+        for _, got in exchange.each(found, Seam(OnlyReading())):
+            assert isinstance(got, (exchange.Imported, everystep.Error))

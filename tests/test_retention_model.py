@@ -166,7 +166,8 @@ LOSSES = st.sampled_from([*map(float, range(10)), math.nan])
 WINDOWS = st.sampled_from([7 * DAY, DAY, 7 * DAY, 0.0])
 SKEWS = st.sampled_from([0.0, -YEAR, YEAR])
 PICK = st.integers(0, 1 << 16)
-ACTIONS = ["train"] * 5 + ["forget"] * 5 + ["undo"] * 2 + ["prune"] * 3 + ["wait", "rewind", "tag", "untag", "reopen"]
+ACTIONS = ["train"] * 5 + ["forget"] * 5 + ["undo"] * 2 + ["prune"] * 3
+ACTIONS += ["wait", "rewind", "tag", "untag", "reopen", "repack"]
 STEPS = 50
 
 
@@ -282,6 +283,15 @@ class Walk:
             self.check_loads(self.model.live)
         self.seen["freed"] += freed.packs
         self.seen["held"] += bool(freed.pending_bytes)
+
+    def repack(self) -> None:
+        past, dead = self.past, self.draw(st.sampled_from([0.5, 0.2, 0.0]), "dead")
+        before = self.store.nbytes
+        moved = past.repack(dead=dead)
+        self.model.free(self.store.clock.seconds, at_once=False)
+        assert moved.held_bytes == self.store.nbytes == before + moved.written_bytes - moved.freed_bytes <= before
+        self.check_loads(self.model.live)
+        self.seen["repacked"] += moved.packs
 
     def rewind(self) -> None:
         target = self.model.kept[self.draw(PICK, "which") % len(self.model.live)]

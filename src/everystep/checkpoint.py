@@ -11,6 +11,7 @@ import msgspec
 from everystep.analysis import LeafSummary, summarize
 from everystep.difference import Difference, Side, batches, compare
 from everystep.errors import CheckpointRetired, Conflict, UsageError
+from everystep.exchange import Written, export
 from everystep.metrics import plain_metrics
 from everystep.restore import Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
@@ -171,6 +172,35 @@ class Checkpoint:
             found.update({path: summarize(arrays[leaves[path].path]) for path in batch})
         return found
 
+    def export(
+        self,
+        path: str,
+        *,
+        only: str | None = None,
+        format: str | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Written:
+        """Writes a file for other programs; every byte is verified on the way, and the file appears whole or not.
+
+        Args:
+            path: its ending says the format: .safetensors, .pth, .npz …
+            only: a part, such as "model", which becomes a flat state_dict; without it, all.
+            format: if the ending does not say it.
+            overwrite: replace a file that is there.
+            progress: told the number of bytes as they come in.
+
+        Returns:
+            What was written, and what has another form in the file.
+
+        Raises:
+            UsageError, Conflict, NotFound, Unsupported: accordingly; what was there before is untouched.
+        """
+        return export(
+            self._open(), path, only=only, format=format, overwrite=overwrite, step=self.step, metrics=self.metrics,
+            progress=progress, seam=self._vault.seam,
+        )  # fmt: skip
+
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every byte; the number of bytes.
 
@@ -311,8 +341,8 @@ def check_tag(name: str) -> None:
     Raises:
         UsageError: for a name that could not be told from a step, or that means something already.
     """
-    check_text(name, "a tag")
-    if name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
+    check_text(name, "a tag", empty=True)
+    if not name or name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )

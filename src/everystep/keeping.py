@@ -91,8 +91,8 @@ class Keeper:
 
     def make_room(self, nbytes: int) -> bool:
         """Whether something could be freed: also what is only held so that it can be brought back, what was dropped
-        first before the rest, until there is room for as many bytes."""
-        return collect(self._vault, self._author, room_bytes=nbytes, stamp=False).packs > 0
+        first before the rest, until there is room for a state of as many bytes and its manifest."""
+        return collect(self._vault, self._author, room_bytes=nbytes + nbytes // 8, stamp=False).packs > 0
 
     def _apply(self) -> list[str]:
         decided: list[Decision] = []

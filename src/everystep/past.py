@@ -357,10 +357,13 @@ class PastRun:
         return read_attachment(self._vault, history.attachments[name])
 
     def series(self, metric: str) -> list[tuple[int, Any]]:
-        """(step, value) of a metric at every step that recorded it and was made durable, by step."""
+        """(step, value) of a metric at every step that recorded it and was made durable, by step.
+
+        A checkpoint that was dropped leaves its metrics behind.
+        """
         history = self._history()
         values = {step: row[metric] for step, row in history.series.items() if metric in row}
-        for commit in history.line():
+        for commit in history.ancestry():
             found = history.metrics_of(commit.event.id)
             if metric in found:
                 values[commit.event.step] = found[metric]
@@ -370,7 +373,7 @@ class PastRun:
     def metric_names(self) -> list[str]:
         """Names of all metrics, of checkpoints and of the steps between them."""
         history = self._history()
-        rows = [*map(history.metrics_of, history.live), *history.series.values()]
+        rows = [*map(history.metrics_of, history.commits), *history.series.values()]
         return sorted({name for row in rows for name in row})
 
     def sessions(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from everystep.checkpoint import Checkpoint
 from everystep.errors import NotFound, UsageError
+from everystep.importing import ImportReport, Progress, bring, look
 from everystep.past import PastRun
 from everystep.rehearsal.cue import cue_of, placed
 from everystep.rehearsal.run import RehearsedRun
@@ -148,6 +149,38 @@ class Repository:
             keep_full=keep_full,
             quota_bytes=quota_bytes,
         )
+
+    def import_from(
+        self,
+        path: str,
+        run: str | None = None,
+        *,
+        dry_run: bool = False,
+        takeover: bool = False,
+        progress: Progress | None = None,
+    ) -> ImportReport:
+        """Old checkpoint files become a run: steps, epochs and metrics are recovered from contents and names.
+
+        Nothing in a file runs, and the folder is only read. Steps that the run has already are left as they are.
+
+        Args:
+            path: a folder of files, or one file: .pth, .pt, .ckpt, .bin, .safetensors, .npz.
+            run: the run's name; by default that of the folder or file.
+            dry_run: only look.
+            progress: told (checkpoints done, checkpoints in all, the file at hand).
+
+        Returns:
+            What came in from where, and what was left out and why.
+
+        Raises:
+            NotFound: if there is no checkpoint at all.
+            RunInUse: if a process writes that run.
+        """
+        path = self._place.seam.files.absolute(path if isinstance(path, str) else path.__fspath__())
+        seen = look(self._place, path)
+        name = run or path.rstrip("/").rpartition("/")[2].partition(".")[0] or "imported"
+        with self.run(name, takeover=takeover).track(rng=False) as target:
+            return bring(target, self._place, seen, dry_run=dry_run, progress=progress)
 
     def check(
         self, *, data: bool = True, read: float | Fraction = 1, run: str | None = None, progress: Any = None

@@ -14,6 +14,7 @@ from everystep import Error, UsageError
 from everystep.cli.completion import completion
 from everystep.cli.diff import diff
 from everystep.cli.doctor import doctor
+from everystep.cli.exchange import export, import_files
 from everystep.cli.fsck import fsck
 from everystep.cli.log import log
 from everystep.cli.rehearse import SETTINGS
@@ -170,6 +171,23 @@ app.command(
       everystep -r runs rewind resnet@best:val_loss --takeover
     """
 )(rewind)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs export resnet@best:val_loss model.safetensors --only model
+      everystep -r runs export resnet@1200 all.pth --overwrite
+    """
+)(export)
+app.command(
+    "import",
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs import old/checkpoints --run resnet --dry-run
+      everystep -r runs import model.safetensors
+    """,
+)(import_files)
 app.command(
     epilog="""
     \b

@@ -16,16 +16,15 @@ from everystep.cli.screen import Screen
 
 STEPS_OFFERED = 50
 VARIABLE = "_EVERYSTEP_COMPLETE"
-# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line, and what
-# bash holds for other words is taken off the answers.
+# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line. Bash replaces
+# only its end, which it hands over as $2, so what stands before that is taken off the answers.
 _BASH = """
 _everystep_completion() {
-    local IFS=$'\\n' line=${COMP_LINE:0:COMP_POINT} whole piece=${COMP_WORDS[COMP_CWORD]} answers
+    local IFS=$'\\n' line=${COMP_LINE:0:COMP_POINT} whole words
     whole=${line##*[[:space:]]}
-    case $piece in *[@:]) piece= ;; esac
-    answers=$( COMP_WORDS="$line" COMP_CWORD=$(( $(wc -w <<< "${line}x") - 1 )) %(variable)s=complete_bash $1 )
-    COMPREPLY=( $answers )
-    COMPREPLY=( "${COMPREPLY[@]#"${whole%%"$piece"}"}" )
+    words=$(wc -w <<< "${line}x")
+    COMPREPLY=( $(COMP_WORDS="$line" COMP_CWORD=$((words - 1)) %(variable)s=complete_bash $1) )
+    COMPREPLY=( "${COMPREPLY[@]#"${whole%%"$2"}"}" )
 }
 
 complete -o default -F _everystep_completion everystep

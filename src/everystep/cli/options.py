@@ -31,8 +31,11 @@ RepoOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, an error too.")]
 
 
-def begin(context: typer.Context, repo: str | None, as_json: bool) -> tuple[Screen, Repository]:
+def begin(context: typer.Context, repo: str | None, as_json: bool, *, new: bool = False) -> tuple[Screen, Repository]:
     """The screen of this call, and the repository it is about.
+
+    Args:
+        new: there need not be one yet.
 
     Raises:
         NotFound, UsageError: if there is no repository, or it was not said which.
@@ -43,7 +46,7 @@ def begin(context: typer.Context, repo: str | None, as_json: bool) -> tuple[Scre
     if place is None:
         return screen, _here()
     repository = everystep.open(place)
-    if not repository.exists:
+    if not repository.exists and not new:
         raise NotFound(
             "there is no repository here",
             where=repository.url,

@@ -8,6 +8,9 @@ from contextlib import contextmanager
 
 from everystep.cli import human
 from everystep.cli.screen import console_of
+from everystep.cli.table import cut
+
+NAME_SHOWN = 40
 
 
 @contextmanager
@@ -23,7 +26,7 @@ def counting(what: str) -> Iterator[Callable[[str, int, int], None] | None]:
         task = bar.add_task(what, total=None)
 
         def tell(name: str, done: int, total: int) -> None:
-            bar.update(task, description=human.clean(name), completed=done, total=total)
+            bar.update(task, description=cut(human.clean(name), NAME_SHOWN, True), completed=done, total=total)
 
         yield tell
 

@@ -17,6 +17,7 @@ from everystep.exchange.found import (
 from everystep.exchange.give import export
 from everystep.exchange.look import survey
 from everystep.exchange.take import each, read
+from everystep.formats import Written
 
 __all__ = [
     "CONFLICT",
@@ -31,6 +32,7 @@ __all__ = [
     "Piece",
     "Skipped",
     "Survey",
+    "Written",
     "each",
     "export",
     "read",

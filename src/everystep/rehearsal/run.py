@@ -20,7 +20,6 @@ from everystep.save import Saved, Writer
 from everystep.schema import LoadReport
 from everystep.vault import Committed, Place
 
-
 _RUNS: WeakSet[RehearsedRun] = WeakSet()
 """Those of this process: what one of them tracks is captured."""
 

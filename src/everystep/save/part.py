@@ -108,6 +108,8 @@ class PartWriter:
     ) -> None:
         self._vault, self._known, self._pool = vault, known, pool
         self._base, self._leaning = base, leaning
+        # What stood still leans on the anchor before: to refer to it would pin that one, and all before it.
+        self._is_anchor = leaning.anchored and base is None
         self._settings = vault.settings
         # Weights and optimizer state never share a pack, so that thinning frees whole files.
         self._optimizer, self._main, self._manifest = (
@@ -208,7 +210,7 @@ class PartWriter:
         data = snapshot.chunk(index)
         hash = blake3(data).digest()
         known = self._known.chunks.get(hash)
-        if known is not None:
+        if known is not None and not (self._is_anchor and known.base is not None):
             return _Encoded(hash, known)
         stream = snapshot.layout.streams[snapshot.layout.chunks[index].stream]
         ratio = self._leaning.ratios.get(stream.role)

@@ -178,7 +178,10 @@ def _undoable(vault: RunVault, history: History) -> list[set[PackName]]:
     for id in _waiting(history):
         way: Dropped | None = history.dropped[id]
         while way is not None and written(history.slots - 1) - written(way.slot) < way.undo_seconds:
-            found.setdefault(way.slot, set()).update(history.commits[id].needs(thin=way.was_thin))
+            needs = history.commits[id].needs(thin=way.was_thin)
+            if needs & history.condemned:
+                break  # freed before its time
+            found.setdefault(way.slot, set()).update(needs)
             way = way.before
     return [found[slot] for slot in sorted(found)]
 

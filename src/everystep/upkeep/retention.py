@@ -68,7 +68,7 @@ def _decide(
         return Decision(one, DROP, ("no rule keeps it",))
     reasons = tuple(dict.fromkeys((*wanted, *full, *tagged))) or ("no rule drops anything",)
     if keep_full is not None and not full and not one.thin:
-        return Decision(one, THIN, (*reasons, "keep_full does not name it"))
+        return Decision(one, THIN, (*reasons, "no rule keeps it in full"))
     return Decision(one, KEEP, reasons)
 
 

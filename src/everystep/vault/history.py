@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import msgspec
@@ -93,6 +94,11 @@ class History:
     def __post_init__(self) -> None:
         self.head = self.head or self.genesis
 
+    def copy(self) -> History:
+        """Another one that says the same; what is added to it does not show here."""
+        kept = {one.name: getattr(self, one.name) for one in fields(self)}
+        return History(**{name: copy(value) for name, value in kept.items()})
+
     @property
     def latest(self) -> Committed | None:
         """The newest live checkpoint, by the log's order; after a rewind, the one that was gone back to."""
@@ -108,13 +114,16 @@ class History:
 
     def line(self, tip: str | None = None) -> list[Committed]:
         """The live checkpoints that lead to a checkpoint (the newest, if None), oldest first."""
+        return [commit for commit in self.ancestry(tip) if commit.event.id in self.live]
+
+    def ancestry(self, tip: str | None = None) -> list[Committed]:
+        """All checkpoints that led to a checkpoint (the newest, if None), those that were dropped too, oldest first."""
         at = tip if tip is not None else (self.latest.event.id if self.latest else None)
         found: list[Committed] = []
         seen: set[str] = set()
         while at is not None and at in self.commits and at not in seen:
             seen.add(at)
-            if at in self.live:
-                found.append(self.commits[at])
+            found.append(self.commits[at])
             at = self._parent(at)
         return found[::-1]
 
@@ -239,13 +248,14 @@ class History:
 
     def _metrics(self, event: events.Metrics, record: events.Record) -> None:
         self._touch([event.id], record)
-        self.metrics.setdefault(event.id, {}).update({k: plain.decode(v) for k, v in event.metrics.items()})
+        late = {k: plain.decode(v) for k, v in event.metrics.items()}
+        self.metrics[event.id] = {**self.metrics.get(event.id, {}), **late}
 
     def _series(self, event: events.Series, record: events.Record) -> None:
         for name, column in event.columns.items():
             for step, value in zip(event.steps, column):
                 if value is not None:
-                    self.series.setdefault(step, {})[name] = plain.decode(value)
+                    self.series[step] = {**self.series.get(step, {}), name: plain.decode(value)}
 
     def _config(self, event: events.Config, record: events.Record) -> None:
         self.config.update(event.changes)

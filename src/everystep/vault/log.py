@@ -30,17 +30,33 @@ class Log:
         self._listed = False
         self._durable = 0
         self._last: tuple[int, bytes] = (-1, b"")
+        self._given = False
         self.history = History(self._genesis)
 
     def refresh(self) -> History:
-        """Reads what was added since the last look. A slot that is missing while a later one is there is damage."""
+        """Reads what was added since the last look. A slot that is missing while a later one is there is damage.
+
+        Returns:
+            The history as it is now; it stays so, whatever other threads add.
+        """
         with self._lock:
-            if not self._listed:
-                self._read_all()
-                self._listed = True
-            while self._read_next():
-                pass
-            return self._checked()
+            history = self._refresh()
+            self._given = True
+            return history
+
+    def _refresh(self) -> History:
+        if not self._listed:
+            self._read_all()
+            self._listed = True
+        while self._read_next():
+            pass
+        return self._checked()
+
+    def _to_change(self) -> History:
+        """The history, to add to it: whoever was given it keeps it as it was."""
+        if self._given:
+            self.history, self._given = self.history.copy(), False
+        return self.history
 
     def forget(self) -> None:
         """Starts over with an empty fold, as a new process would."""
@@ -50,7 +66,7 @@ class Log:
     def confirm(self) -> History:
         """Like `refresh`, and the last record is durable afterwards, whoever put it and however that ended."""
         with self._lock:
-            history = self.refresh()
+            history = self._refresh()
             slot, data = self._last
             if self._durable <= slot == history.slots - 1:
                 try:
@@ -74,10 +90,10 @@ class Log:
         for slot in sorted(slot for slot in map(record_slot, names) if slot is not None):
             if slot - self.history.slots > GAP_MAX:
                 first = self.history.slots
-                self.history.lose(slot - 1, f"the records from {first} on are missing", count=slot - first)
+                self._to_change().lose(slot - 1, f"the records from {first} on are missing", count=slot - first)
             while self.history.slots <= slot:
                 if not self._read_next():
-                    self.history.lose(self.history.slots, "the record is missing")
+                    self._to_change().lose(self.history.slots, "the record is missing")
 
     def _read_next(self) -> bool:
         slot = self.history.slots
@@ -87,14 +103,14 @@ class Log:
         except ObjectMissing:
             return False
         except Damaged as error:
-            self.history.lose(slot, error.what)
+            self._to_change().lose(slot, error.what)
             return True
         self._last = slot, bytes(data)
         try:
             record = unpack_record(data, slot, f"{self._storage.url}/{key}")
-            self.history.take(record)
+            self._to_change().take(record)
         except Damaged as error:
-            self.history.lose(slot, error.what)
+            self._to_change().lose(slot, error.what)
         return True
 
     def append(self, decide: Decide, author: str) -> History:
@@ -108,7 +124,7 @@ class Log:
         """
         with self._lock:
             if not self._listed:
-                self.refresh()
+                self._refresh()
             while True:
                 events = decide(self._checked())
                 if not events:
@@ -119,7 +135,7 @@ class Log:
                 if self._put(events, author):
                     self._read_next_own()
                     return self.history
-                self.refresh()
+                self._refresh()
 
     def _put(self, events: list[Any], author: str) -> bool:
         """True if the record lies in the next slot, False if another one does."""
@@ -139,7 +155,7 @@ class Log:
         return put_once(self._storage, key, data, self._seam, self._settings)
 
     def _read_next_own(self) -> None:
-        self.history.take(self._own)
+        self._to_change().take(self._own)
         self._durable = self.history.slots
 
 

@@ -21,6 +21,8 @@ from everystep.vault.record import Open, Where
 
 Array = np.ndarray[Any, Any]
 READ_BYTES_MAX = 16 << 20
+# Below that a request of its own costs more than another thread gains.
+READ_BYTES_SHARED = 1 << 20
 GAP_BYTES_MAX = 64 << 10
 PAGE_BYTES_MAX = 1 << 28
 
@@ -108,7 +110,9 @@ class RunVault:
     def read_chunks(self, view: PartView, indices: Sequence[int], pool: Pool) -> Iterator[list[tuple[int, Array]]]:
         """Verified plain bytes of chunks, in groups that lie together and are read in one piece, in parallel."""
         spots = [(view.spot(index), index) for index in indices]
-        groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset))))
+        share = sum(spot.length for spot, _ in spots) // (2 * self.settings.workers)
+        limit = min(READ_BYTES_MAX, max(share, READ_BYTES_SHARED))
+        groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset)), limit))
         yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
 
     def read_chunk(self, spot: Spot, nbytes: int) -> Array:
@@ -158,14 +162,14 @@ class RunVault:
         return data
 
 
-def _coalesce(spots: list[tuple[Spot, int]]) -> Iterator[list[tuple[Spot, int]]]:
+def _coalesce(spots: list[tuple[Spot, int]], limit: int = READ_BYTES_MAX) -> Iterator[list[tuple[Spot, int]]]:
     group: list[tuple[Spot, int]] = []
     for spot, index in spots:
         if group:
             first, last = group[0][0], group[-1][0]
             apart = spot.offset - (last.offset + last.length)
             whole = spot.offset + spot.length - first.offset
-            if spot.pack != first.pack or apart > GAP_BYTES_MAX or whole > READ_BYTES_MAX:
+            if spot.pack != first.pack or apart > GAP_BYTES_MAX or whole > limit:
                 yield group
                 group = []
         group.append((spot, index))

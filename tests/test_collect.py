@@ -1,0 +1,602 @@
+"""Collection: beside a process that saves, at every crash, at any clock, when space runs out."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+import tracemalloc
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _retention import DAY, RAW_BYTES, YEAR, Clocked, ClockedFiles, Store, based, same, state_of, thinned, whole
+
+import everystep
+from everystep import NotFound, Repository, Settings, StorageError, StorageFull
+from everystep.errors import CheckpointRetired, Conflict, EverystepWarning, UnknownOutcome
+from everystep.seam import Seam
+from everystep.storage import LocalStorage, MemoryStorage
+from everystep.storage.faulty import FaultyStorage
+from everystep.upkeep import bring_back
+from everystep.vault import Place
+
+WEEK = 7 * DAY
+WHOLE_PACKS: dict[str, Any] = {"chunk_bytes_max": 1 << 16, "pack_bytes_max": 1 << 20}
+ALONE: dict[str, Any] = {**WHOLE_PACKS, "base_ratio": 0.0}
+"""Each checkpoint has bytes of its own; only what stood still is shared."""
+SHORT_CHAINS = {"chunk_bytes_max": 1 << 14, "pack_bytes_max": 1 << 14, "base_depth_max": 2}
+CHANGES = ("put", "put_new", "delete")
+
+
+def store_of(count: int, folder: str | None = None, keep: everystep.Rule | None = None, **settings: Any) -> Store:
+    """A closed run "a" of steps 1 … `count`; step n holds state n."""
+    store = Store(folder, **settings)
+    with store.open().run("a", keep=keep).track(rng=False) as run:
+        for step in range(1, count + 1):
+            run.save(step, state=state_of(step), metrics={"loss": float(step % 4)}).wait()
+    return store
+
+
+def only(*steps: int) -> everystep.Rule:
+    return everystep.when(lambda kept: kept.step in steps)
+
+
+def but(*steps: int) -> everystep.Rule:
+    return everystep.when(lambda kept: kept.step not in steps)
+
+
+def live(repo: Repository) -> list[int]:
+    return [checkpoint.step for checkpoint in repo["a"].checkpoints(all=True)]
+
+
+def check(repo: Repository, steps: Iterable[int] | None = None) -> None:
+    """All that is live is whole, and it is these steps."""
+    found = repo["a"].checkpoints(all=True)
+    for checkpoint in found:
+        assert whole(checkpoint, checkpoint.step)
+    if steps is not None:
+        assert [checkpoint.step for checkpoint in found] == list(steps)
+
+
+# what leans on what is dropped -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("anchored", [False, True], ids=["chains", "anchors"])
+def test_dropping_any_base_leaves_every_other_checkpoint_whole(anchored: bool) -> None:
+    keep = everystep.when(lambda kept: True) if anchored else None
+    made = store_of(12, keep=keep, chunk_bytes_max=1 << 14)
+    depths = list(based(made.open()["a"].checkpoints()))
+    assert max(depths) == (1 if anchored else 8) and depths.count(0) < len(depths)
+    for step in range(1, 12):
+        store = made.copy()
+        past = store.open()["a"]
+        past.forget(but(step), undo_seconds=0)
+        past.prune()
+        check(store.open(), [other for other in range(1, 13) if other != step])
+    drawn = random.Random(3)
+    for _ in range(12):
+        steps = {12, *drawn.sample(range(1, 12), drawn.randint(0, 10))}
+        store = made.copy()
+        past = store.open()["a"]
+        past.forget(only(*steps), force=True, undo_seconds=0)
+        past.prune()
+        check(store.open(), sorted(steps))
+        assert set(store.packs()) == store.read_by()
+
+
+def test_a_base_in_memory_whose_packs_were_freed() -> None:
+    """The first state is nobody's base, so it is freed; the fourth is like it, and is encoded against it."""
+    store = Store(anchor_every=100)
+    drawn = np.random.default_rng(1)
+    noise = [drawn.standard_normal(4000).astype(np.float32) for _ in range(3)]
+    states = [state_of(1)["params"]["w"], noise[1], noise[2], state_of(2)["params"]["w"], state_of(3)["params"]["w"]]
+    with store.open().run("a", keep=everystep.last(1)).track(rng=False) as run:
+        for step, weights in enumerate(states, 1):
+            run.save(step, state={"params": {"w": weights}}).wait()
+            run._writer.wait()
+            past = store.open()["a"]
+            assert [c.step for c in past.checkpoints(all=True)] == [step]
+            assert same(past.at(step).load(), {"params": {"w": weights}})
+    assert max(based(past.checkpoints())) == 1
+    assert len(run._history().condemned) > 0
+
+
+# crashes -----------------------------------------------------------------------------------------------------------
+
+
+def thin_out(past: everystep.PastRun) -> None:
+    """1, 2 and 5 are gone, and the optimizer state of 3 and 4; step 7 can come back for a week."""
+    past.forget(only(3, 4, 6, 7, 8), only(6, 7, 8), undo_seconds=0)
+    past.forget(but(7), undo_seconds=WEEK)
+
+
+def verify_thinned_out(store: Store, rest: set[str]) -> None:
+    """What is left after a collection that ended somewhere, and after another that ends as it should."""
+    check(store.open(), [3, 4, 6, 8])
+    assert store.open().check().ok
+    past = store.open()["a"]
+    freed = past.prune()
+    assert freed.held_bytes == store.nbytes and set(store.packs()) == rest
+    assert [checkpoint.step for checkpoint in past.undo()] == [7]
+    check(store.open(), [3, 4, 6, 7, 8])
+    assert past.at(3).thin and past.at(4).thin and not past.at(6).thin
+
+
+@pytest.mark.parametrize("ends", ["died", "goes on"])
+def test_a_collection_that_crashes_at_any_operation(ends: str) -> None:
+    """It dies for good there; or that operation fails, before or after it took effect."""
+    made = store_of(8, **SHORT_CHAINS)
+    thin_out(made.open()["a"])
+    done = made.copy()
+    done.open()["a"].prune()
+    rest = set(done.packs())
+    assert 0 < len(rest) < len(made.packs())
+    number, fired = 0, True
+    while fired:
+        for applied in (False, True) if ends == "goes on" else (False,):
+            store = made.copy()
+            faulty = FaultyStorage(
+                store.storage,
+                number,
+                lambda: UnknownOutcome("timeout", where="here"),
+                for_ever=ends == "died",
+                applied=applied,
+                verbs=CHANGES,
+            )
+            past = store.open(storage=faulty)["a"]
+            try:
+                freed = past.prune()
+                assert freed.held_bytes == store.nbytes
+            except StorageError:
+                assert len(faulty.calls) > number
+            fired = len(faulty.calls) > number
+            verify_thinned_out(store, rest)
+        number += 1
+    assert number > 8
+
+
+@pytest.mark.parametrize("error", [StorageError, StorageFull], ids=lambda e: e.kind)
+def test_a_collection_that_cannot_read(error: type[StorageError]) -> None:
+    made = store_of(8, **WHOLE_PACKS)
+    thin_out(made.open()["a"])
+    number, failed, fired = 0, 0, True
+    while fired:
+        store = made.copy()
+        faulty = FaultyStorage(store.storage, number, lambda: error("no", where="here"), verbs=("get", "list", "stat"))
+        try:
+            store.open(storage=faulty)["a"].prune()
+        except error:
+            failed += 1
+        fired = len(faulty.calls) > number
+        assert live(store.open()) == [3, 4, 6, 8] and store.open().check().ok
+        number += 1
+    assert failed > 20
+
+
+def test_a_writer_that_dies_at_any_operation_while_its_rules_drop() -> None:
+    """Another goes on under the same rules; at the end there is what they keep, whole, and nothing else."""
+    rules = {"keep": everystep.last(3), "keep_full": everystep.last(2)}
+    number, fired = 0, True
+    while fired:
+        store = Store(**WHOLE_PACKS)
+        faulty = FaultyStorage(
+            store.storage, number, lambda: StorageError("no", where="here"), for_ever=True, verbs=CHANGES
+        )
+        durable: list[int] = []
+        try:
+            first = store.open(storage=faulty).run("a", **rules).track(rng=False)
+            for step in range(1, 7):
+                first.save(step, state=state_of(step)).wait()
+                durable.append(step)
+                first._writer.wait()
+                first._writer.notices.clear()
+        except StorageError:
+            pass
+        fired = len(faulty.calls) > number
+        if durable:
+            found = live(store.open())
+            assert set(durable[-3:]) <= set(found)
+            check(store.open())
+        second = store.open().run("a", **rules).track(rng=False)
+        begun = second.resume()
+        assert begun >= max(durable, default=0)
+        for step in range(begun + 1, begun + 4):
+            second.save(step, state=state_of(step)).wait()
+        second.close()
+        check(store.open(), range(begun + 1, begun + 4))
+        assert set(store.packs()) == store.read_by()
+        number += 1
+    assert number > 35
+
+
+# clocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("collector", [-YEAR, 0.0, YEAR])
+@pytest.mark.parametrize("writer", [-YEAR, 0.0, YEAR])
+def test_only_the_clock_of_the_store_counts(writer: float, collector: float) -> None:
+    store = Store(**ALONE)
+    run = store.open(skew=writer).run("a").track(rng=False)
+    for step in (1, 2, 3, 4):
+        run.save(step, state=state_of(step)).wait()
+    beside = store.open(skew=collector)["a"]
+    (beside if collector else run).forget(only(1, 3, 4), only(1, 4))
+    store.clock.seconds += WEEK - 1
+    held = beside.prune()
+    assert held.packs == 0 and held.pending_bytes > RAW_BYTES / 4
+    assert [checkpoint.step for checkpoint in beside.dropped] == [2, 3]
+    restored = store.copy()
+    restored.open(skew=collector)["a"].undo()
+    assert [c.thin for c in restored.open()["a"].checkpoints()] == [False] * 4
+    check(restored.open(), [1, 2, 3, 4])
+    store.clock.seconds += 1
+    freed = beside.prune()
+    assert freed.nbytes == held.pending_bytes and freed.pending_bytes == 0 and beside.dropped == []
+    with pytest.raises(NotFound, match="nothing that was dropped can be brought back"):
+        beside.undo()
+    check(store.open(), [1, 3, 4])
+    run.close()
+
+
+def test_a_clock_that_goes_back_frees_nothing_early() -> None:
+    store = store_of(3, **ALONE)
+    past = store.open()["a"]
+    past.forget(but(2))
+    store.clock.seconds -= YEAR
+    assert past.prune().packs == 0 and [checkpoint.step for checkpoint in past.dropped] == [2]
+
+
+def test_a_run_at_rest_forgets_too() -> None:
+    """No record is written but the one that asks the store what time it is; and none where nothing waits."""
+    store = store_of(3, **ALONE)
+    past = store.open()["a"]
+    past.forget(but(2))
+    store.clock.seconds += WEEK
+    assert past.prune().packs > 0
+    slots = past._history().slots
+    assert past.prune().packs == 0 and past._history().slots == slots
+
+
+def test_what_rules_free_is_not_what_waits() -> None:
+    """A run's own rules free at once what they drop, and leave what was dropped by hand for its time."""
+    store = Store(**ALONE, anchor_ratio=0.0)
+    run = store.open().run("a", keep=everystep.last(3)).track(rng=False)
+    for step in (1, 2, 3):
+        run.save(step, state=state_of(step)).wait()
+    run.forget(but(2))
+    for step in (4, 5, 6, 7):
+        run.save(step, state=state_of(step)).wait()
+    run._writer.wait()
+    assert [checkpoint.step for checkpoint in run.dropped if checkpoint.step != 1] == [2]
+    store.clock.seconds += WEEK
+    run.save(8, state=state_of(8)).wait()
+    run.close()
+    assert live(store.open()) == [6, 7, 8] and 2 not in [checkpoint.step for checkpoint in run.dropped]
+    assert set(store.packs()) == store.read_by()
+
+
+# readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_that_is_freed_while_somebody_holds_it() -> None:
+    store = store_of(4, **ALONE)
+    past = store.open()["a"]
+    gone, thin = past.at(2), past.at(3)
+    assert gone.leaves() and thin.leaves()  # their manifests are read
+    past.forget(but(2), only(1, 4), undo_seconds=0)
+    store.open()["a"].prune()
+    with pytest.raises(CheckpointRetired, match="step 2 has been dropped"):
+        gone.load()
+    with pytest.raises(CheckpointRetired, match="step 3 has been thinned"):
+        thin.load()
+    assert same(thin.load(only="params"), state_of(3)["params"])
+    assert same(past.at(3).load(), thinned(state_of(3)))
+
+
+def test_what_was_freed_does_not_come_back() -> None:
+    store = store_of(3, **ALONE)
+    past = store.open()["a"]
+    second = past.at(2).id
+    with pytest.raises(NotFound, match="was not dropped"):
+        bring_back(past._vault, [second], "me")
+    past.forget(but(2))
+    late = store.open()["a"]
+    assert [checkpoint.id for checkpoint in late.dropped] == [second]
+    past.prune(now=True)
+    with pytest.raises(Conflict, match="step 2 has been freed") as caught:
+        bring_back(late._vault, [second], "me")
+    assert caught.value.do == "it is gone for good"
+    assert live(store.open()) == [1, 3]
+
+
+# many at once ------------------------------------------------------------------------------------------------------
+
+
+class Outside(Seam):
+    """Real threads and the real clock; asks no other program."""
+
+    def ask(self, *command: str, seconds: float = 3.0) -> str | None:
+        return None
+
+
+class Crowd:
+    """A process that saves, and others that drop, free, bring back and read, all at the same time."""
+
+    def __init__(self, saves: int, **rules: Any) -> None:
+        self.storage, self.saves, self.rules = MemoryStorage(), saves, rules
+        self.over = threading.Event()
+        self.errors: list[BaseException] = []
+        self.seen: dict[str, int] = {"drops": 0, "loads": 0, "retired": 0, "freed": 0, "brought back": 0}
+
+    def open(self) -> Repository:
+        return Repository(Place(self.storage, Outside(), Settings(chunk_bytes_max=1 << 14, pack_bytes_max=1 << 15)))
+
+    def state(self, step: int) -> dict[str, Any]:
+        """About 100 kB."""
+        weights = np.random.default_rng(0).standard_normal(12_000).astype(np.float32) + np.float32(1e-3 * step)
+        return {"params": {"w": weights}, "opt_state": {"m": weights[::-1] * 2}, "step": step}
+
+    def whole(self, checkpoint: everystep.Checkpoint) -> bool:
+        """In full or thinned: that may change while it is read."""
+        state, expected = checkpoint.load(), self.state(checkpoint.step)
+        return same(state, expected) or same(state, thinned(expected))
+
+    def write(self) -> None:
+        with self.open().run("a", **self.rules).track(rng=False) as run:
+            for step in range(1, self.saves + 1):
+                run.save(step, state=self.state(step)).wait()
+                if run.step is None and step % 10 == 0:
+                    [one.tags for one in run.checkpoints(all=True)]
+
+    def drop(self, seed: int) -> Iterator[None]:
+        drawn = random.Random(seed)
+        past = self.open()["a"]
+        while True:
+            rest = drawn.randrange(5)
+            keep = everystep.last(4) | everystep.when(lambda kept, rest=rest: kept.step % 5 != rest)
+            past.forget(keep, drawn.choice([None, everystep.last(3)]), force=True, undo_seconds=drawn.choice([0, WEEK]))
+            self.seen["drops"] += 1
+            if drawn.random() < 0.2:
+                try:
+                    self.seen["brought back"] += len(past.undo())
+                except (NotFound, Conflict):
+                    pass
+            self.seen["freed"] += past.prune(now=drawn.random() < 0.5).packs
+            yield
+
+    def read(self, seed: int) -> Iterator[None]:
+        drawn = random.Random(seed)
+        past = self.open()["a"]
+        while True:
+            found = past.checkpoints(all=True)
+            try:
+                assert self.whole(drawn.choice(found))
+                self.seen["loads"] += 1
+            except CheckpointRetired:
+                self.seen["retired"] += 1
+            yield
+
+    def run(self, *others: Callable[[], Iterator[None]]) -> None:
+        def guarded(work: Callable[[], None]) -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  the test raises it
+                self.errors.append(error)
+                self.over.set()
+
+        def repeat(steps: Iterator[None]) -> None:
+            while not self.over.is_set():
+                next(steps)
+
+        def write() -> None:
+            try:
+                self.write()
+            finally:
+                self.over.set()
+
+        with self.open().run("a").track(rng=False) as run:  # so that there is something to look at
+            run.save(0, state=self.state(0)).wait()
+        threads = [threading.Thread(target=guarded, args=(write,))]
+        threads += [threading.Thread(target=guarded, args=(lambda work=work: repeat(work()),)) for work in others]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(200)
+            assert not thread.is_alive()
+        if self.errors:
+            raise self.errors[0]
+
+
+@pytest.mark.parametrize("rules", [{}, {"keep": everystep.last(20)}], ids=["all kept", "rules"])
+def test_collection_beside_a_process_that_saves(rules: dict[str, Any]) -> None:
+    crowd = Crowd(200, **rules)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*a new line begins", EverystepWarning)
+        crowd.run(lambda: crowd.drop(1), lambda: crowd.drop(2), lambda: crowd.read(3))
+    seen = [[c.id for c in crowd.open()["a"].checkpoints(all=True)] for _ in range(2)]
+    assert seen[0] == seen[1] and len(seen[0]) > 3
+    for checkpoint in crowd.open()["a"].checkpoints(all=True):
+        assert crowd.whole(checkpoint)
+    assert crowd.open()["a"].latest.step == 200 and crowd.open().check().ok
+    assert crowd.seen["drops"] > 20 and crowd.seen["loads"] > 20 and crowd.seen["freed"] > 100, crowd.seen
+    print(crowd.seen)
+    crowd.open()["a"].prune(now=True)
+    store = Store(**WHOLE_PACKS)
+    store.storage = crowd.storage
+    assert set(store.packs()) == store.read_by()
+
+
+# no more work and memory than there is to free ---------------------------------------------------------------------
+
+
+def test_a_collection_reads_no_data_and_asks_once_for_each_pack() -> None:
+    for count in (8, 32):
+        store = store_of(count, **WHOLE_PACKS)
+        packs = len(store.packs())
+        counted = FaultyStorage(store.storage)
+        past = store.open(storage=counted)["a"]
+        past.forget(everystep.every(2), undo_seconds=0)
+        counted.calls.clear()
+        tracemalloc.start()
+        try:
+            freed = past.prune()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        verbs = [verb for verb, _ in counted.calls]
+        assert freed.packs > 0 and verbs.count("delete") == freed.packs
+        assert verbs.count("stat") <= packs + 2 and verbs.count("list") == 1 and verbs.count("put_new") == 1
+        assert [key for verb, key in counted.calls if verb in ("get", "put") and "/packs/" in key] == []
+        assert peak < 2000 * packs + 200_000, peak
+
+
+# space -------------------------------------------------------------------------------------------------------------
+
+
+class Limited(MemoryStorage):
+    """Takes no more than `room` bytes."""
+
+    room = float("inf")
+
+    def put(self, key: str, data: Iterable[Any]) -> None:
+        body = b"".join(data)
+        self._check(len(body))
+        super().put(key, [body])
+
+    def put_new(self, key: str, data: bytes) -> None:
+        self._check(len(data))
+        super().put_new(key, data)
+
+    def _check(self, nbytes: int) -> None:
+        if sum(map(len, self.objects.values())) + nbytes > self.room:
+            raise StorageFull("no space left", where=self.url)
+
+    def leave(self, nbytes: int) -> None:
+        self.room = sum(map(len, self.objects.values())) + nbytes
+
+
+def limited() -> Store:
+    store = Store(**ALONE)
+    store.storage = Limited()
+    store.storage._now = store.clock.now
+    return store
+
+
+def test_a_full_disk_ends_the_time_of_undo_of_what_was_dropped_first() -> None:
+    store = limited()
+    run = store.open().run("a").track(rng=False)
+    for step in range(1, 10):
+        run.save(step, state=state_of(step)).wait()
+    for steps in ((2, 3), (4, 7), (8,)):
+        run.forget(but(*steps))
+        store.clock.seconds += 1
+    store.storage.leave(8000)
+    run.save(11, state=state_of(11)).wait()
+    assert [checkpoint.step for checkpoint in run.dropped] == [4, 7, 8]
+    check(store.open(), [1, 5, 6, 9, 11])
+    store.storage.leave(8000)
+    run.save(12, state=state_of(12)).wait()
+    assert [checkpoint.step for checkpoint in run.dropped] == [8]
+    run.undo()
+    check(store.open(), [1, 5, 6, 8, 9, 11, 12])
+    store.storage.leave(8000)
+    with pytest.raises(StorageFull):
+        run.save(13, state=state_of(13)).wait()
+    check(store.open(), [1, 5, 6, 8, 9, 11, 12])
+    store.storage.room = float("inf")
+    run.save(13, state=state_of(13)).wait()
+    run.close()
+    check(store.open(), [1, 5, 6, 8, 9, 11, 12, 13])
+    assert store.open().check().ok
+
+
+def test_a_full_disk_on_the_record_itself() -> None:
+    """Even the record that frees needs room: where there is none at all, the save fails and harms nothing."""
+    store = limited()
+    run = store.open().run("a").track(rng=False)
+    for step in (1, 2, 3, 4):
+        run.save(step, state=state_of(step)).wait()
+    run.forget(only(1, 4))
+    store.storage.leave(0)
+    with pytest.raises(StorageFull):
+        run.save(6, state=state_of(6)).wait()
+    check(store.open(), [1, 4])
+    assert [checkpoint.step for checkpoint in run.dropped] == [2, 3]
+    store.storage.leave(2000)
+    run.save(6, state=state_of(6)).wait()
+    run.close()
+    check(store.open(), [1, 4, 6])
+
+
+def test_a_file_system_that_is_full(tmp_path: Path) -> None:
+    class Full(ClockedFiles):
+        room = float("inf")
+
+        def write(self, fd: int, data: memoryview) -> int:
+            used = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+            if used + len(data) > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(fd, data)
+
+    store = Store(str(tmp_path / "runs"), **ALONE)
+    files = store.files = Full(store.clock)
+    run = store.open(storage=LocalStorage(str(tmp_path / "runs"), Clocked(store.clock, files=files))).run("a")
+    run.track(rng=False)
+    for step in (1, 2, 3, 4):
+        run.save(step, state=state_of(step)).wait()
+    run.forget(only(1, 4))
+    files.room = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()) + 3000
+    run.save(6, state=state_of(6)).wait()
+    run.close()
+    check(store.open(), [1, 4, 6])
+    assert run.dropped == [] and list(tmp_path.rglob(".tmp-*")) == []
+
+
+def quota_run(store: Store, quota_bytes: int, **options: Any) -> everystep.Run:
+    return store.open().run("a", quota_bytes=quota_bytes, **options).track(rng=False)
+
+
+def test_a_quota_that_is_kept_says_nothing() -> None:
+    store = Store(**ALONE)
+    with quota_run(store, 4 * RAW_BYTES, keep=everystep.last(3)) as run:
+        for step in range(1, 9):
+            run.save(step, state=state_of(step)).wait()
+    assert live(store.open()) == [6, 7, 8] and store.nbytes < 4 * RAW_BYTES
+
+
+def test_a_quota_ends_the_time_of_undo_of_what_was_dropped_first() -> None:
+    store = Store(**ALONE)
+    quota = 4 * RAW_BYTES
+    run = quota_run(store, quota)
+    for step in (1, 2, 3, 4):
+        run.save(step, state=state_of(step)).wait()
+    for step in (2, 3):
+        run.forget(but(step))
+    held = []
+    for step in (6, 7, 8):
+        run.save(step, state=state_of(step)).wait()
+        run._writer.wait()
+        held.append([checkpoint.step for checkpoint in run.dropped])
+        assert store.nbytes <= quota
+    assert held == [[2, 3], [3], []]
+    check(store.open(), [1, 4, 6, 7, 8])
+    run.close()
+
+
+def test_the_warning_of_a_quota() -> None:
+    store = Store()
+    run = quota_run(store, 1000)
+    run.save(1, state=state_of(1)).wait()
+    with pytest.warns(EverystepWarning) as caught:
+        run.close()
+    [text] = [str(one.message) for one in caught]
+    assert text == (
+        f"run 'a': the run holds {store.nbytes / 1e9:.2f} GB, over its quota of 0.00 GB; "
+        "give it keep= or keep_full= rules that hold less"
+    )
+    check(store.open(), [1])

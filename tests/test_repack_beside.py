@@ -1,0 +1,489 @@
+"""Repack beside saves, readers, collections and other repacks, and with a crash at every operation."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from _repack import CHANGES, WIDE, Between, check, file_of, only, packs_of, state_of, store_of, thin_out, unnamed, whole
+from _retention import DAY, Store, same
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
+from test_retention_model import Walk
+
+import everystep
+from everystep import Conflict, Repository, Settings
+from everystep.errors import CheckpointRetired, StorageError, StorageFull, UnknownOutcome
+from everystep.seam import Seam
+from everystep.storage import MemoryStorage
+from everystep.storage.faulty import FaultyStorage
+from everystep.vault import Place
+
+STEPS = [3, 5, 6]
+EVERY = ("get", "put", "put_new", "list", "delete", "stat")
+
+
+def made_of(count: int = 6) -> Store:
+    """Packs that are mostly dead; step 1 can be brought back, step 3 is thin."""
+    store = store_of(count)
+    thin_out(store, [1, *STEPS], [1, 5, 6])
+    thin_out(store, STEPS, undo_seconds=7 * DAY)
+    return store
+
+
+def verify(store: Store, rest: int, attached: int = 6) -> None:
+    """Whatever a repack came to: all is there, a later prune and repack leave nothing over, and undo works."""
+    check(store, STEPS, attached=attached)
+    past = store.open()["a"]
+    freed = past.prune()
+    assert freed.held_bytes == store.nbytes and not unnamed(store)
+    check(store, STEPS, attached=attached)
+    assert past.repack().held_bytes == store.nbytes <= rest * 1.02
+    check(store, STEPS, attached=attached)
+    assert [checkpoint.step for checkpoint in past.undo()] == [1]
+    check(store, [1, *STEPS], attached=attached)
+    assert set(store.packs()) == store.read_by()
+
+
+# crashes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["died", "goes on"])
+def test_a_repack_that_crashes_at_any_operation(ends: str) -> None:
+    """It dies for good there; or that operation fails, before or after it took effect."""
+    made = made_of()
+    done = made.copy()
+    assert done.open()["a"].repack().checkpoints == 4
+    rest = done.nbytes
+    number, fired, landed = 0, True, Counter[str]()
+    while fired:
+        for applied in (False, True) if ends == "goes on" else (False,):
+            store = made.copy()
+            faulty = FaultyStorage(
+                store.storage, number, lambda: UnknownOutcome("timeout", where="here"), for_ever=ends == "died",
+                applied=applied, verbs=CHANGES,
+            )  # fmt: skip
+            past = store.open(storage=faulty)["a"]
+            try:
+                moved = past.repack()
+                assert moved.held_bytes == store.nbytes
+                landed["done"] += 1
+            except StorageError:
+                landed["failed"] += 1
+                assert len(faulty.calls) > number
+            fired = len(faulty.calls) > number
+            verify(store, rest)
+        number += 1
+    assert number > 10 and landed["done"] >= 1
+    assert landed["failed"] > 8 if ends == "died" else landed["done"] > 10
+
+
+def test_a_repack_that_cannot_read() -> None:
+    made = made_of()
+    number, fired, failed = 0, True, 0
+    slots = made.open()["a"]._history().slots
+    while fired:
+        store = made.copy()
+        faulty = FaultyStorage(
+            store.storage, number, lambda: StorageError("no", where="here"), verbs=("get", "list", "stat")
+        )
+        try:
+            store.open(storage=faulty)["a"].repack()
+        except StorageError:
+            failed += 1
+            assert not unnamed(store), "what was written for nothing is freed at once"
+        fired = len(faulty.calls) > number
+        assert store.open().check(data=False).ok and store.open()["a"]._history().slots >= slots
+        number += 3
+    assert failed > 20
+
+
+def test_a_full_place_does_not_stay_so() -> None:
+    """What had been written when the place was full is taken back."""
+    made = made_of()
+    for number in range(1, 5):
+        store = made.copy()
+        before = store.packs()
+        full = FaultyStorage(store.storage, number, lambda: StorageFull("full", where="here"), verbs=("put",))
+        with pytest.raises(StorageFull):
+            store.open(storage=full)["a"].repack()
+        assert store.packs().keys() <= before.keys()
+        check(store, STEPS, attached=6)
+
+
+# others, between any two operations --------------------------------------------------------------------------------
+
+
+def at_every_operation(
+    made: Store, what: Callable[[Store], None], verify: Callable[[Store, everystep.upkeep.Repacked], None], step: int = 1
+) -> Counter[str]:
+    """Repacks copies of a store, each with something else in between, before another operation."""
+    seen: Counter[str] = Counter()
+    number, fired = 0, True
+    while fired:
+        store = made.copy()
+        between = Between(store.storage, number, lambda store=store: what(store), EVERY)
+        moved = store.open(storage=between)["a"].repack()
+        fired = between.fired
+        seen["moved" if moved.checkpoints else "not moved"] += 1
+        verify(store, moved)
+        number += step
+    assert number > 30 * step
+    return seen
+
+
+def test_a_collection_in_between() -> None:
+    """It takes what no record names yet; then all begins again."""
+    made = made_of()
+    done = made.copy()
+    done.open()["a"].repack()
+
+    def verify_same(store: Store, moved: everystep.upkeep.Repacked) -> None:
+        assert abs(store.nbytes - done.nbytes) < 2000
+        verify(store, done.nbytes)
+
+    seen = at_every_operation(made, lambda store: store.open()["a"].prune(), verify_same, 3)
+    assert seen["not moved"] == 0
+
+
+def test_another_repack_in_between() -> None:
+    made = made_of()
+    done = made.copy()
+    done.open()["a"].repack()
+
+    def verify_same(store: Store, moved: everystep.upkeep.Repacked) -> None:
+        assert not unnamed(store) and abs(store.nbytes - done.nbytes) < 2000
+        verify(store, done.nbytes)
+
+    seen = at_every_operation(made, lambda store: store.open()["a"].repack(), verify_same, 3)
+    assert seen["moved"] and seen["not moved"]
+
+
+def test_dropping_in_between() -> None:
+    """What is dropped and freed meanwhile does not come back, and is not looked for."""
+    made = made_of()
+
+    def drop(store: Store) -> None:
+        thin_out(store, [5, 6], [6])
+        store.open()["a"].prune(now=True)
+
+    def verify_dropped(store: Store, moved: everystep.upkeep.Repacked) -> None:
+        check(store, [5, 6], attached=6)
+        assert store.open()["a"].at(5).thin
+        store.open()["a"].repack()
+        store.open()["a"].prune(now=True)
+        check(store, [5, 6], attached=6)
+        assert set(store.packs()) == store.read_by() and not store.open()["a"].dropped
+
+    at_every_operation(made, drop, verify_dropped, 3)
+
+
+def test_undo_in_between() -> None:
+    made = made_of()
+
+    def verify_undone(store: Store, moved: everystep.upkeep.Repacked) -> None:
+        check(store, [1, *STEPS], attached=6)
+        store.open()["a"].repack()
+        check(store, [1, *STEPS], attached=6)
+        assert set(store.packs()) == store.read_by()
+
+    at_every_operation(made, lambda store: [] if store.open()["a"].undo() else None, verify_undone, 3)
+
+
+def test_a_newer_file_in_between() -> None:
+    """An attachment that was moved does not take the place of a newer one of its name."""
+    made = Store(**WIDE)
+    with made.open().run("a").track(rng=False) as run:
+        for step in (1, 2):
+            run.attach("big", np.random.default_rng(step).bytes(100_000))
+            run.attach("notes.txt", file_of(6))
+            run.save(step, state=state_of(step)).wait()
+    for number in range(40):
+        store = made.copy()
+
+        def attach(store: Store = store) -> None:
+            with store.open().run("a").track(rng=False) as run:
+                run.attach("notes.txt", file_of(7))
+                run.save(3, state=state_of(3)).wait()
+
+        between = Between(store.storage, number * 2, attach, EVERY)
+        store.open(storage=between)["a"].repack()
+        check(store, [1, 2, 3] if between.fired else [1, 2], attached=7 if between.fired else 6)
+        assert store.open()["a"].attachment("big") == np.random.default_rng(2).bytes(100_000)
+        if not between.fired:
+            break
+    else:
+        raise AssertionError("it did not end")
+
+
+def test_others_that_free_again_and_again() -> None:
+    store = made_of()
+
+    class Pruned(FaultyStorage):
+        """Each manifest that a repack writes is taken at once."""
+
+        def put(self, key: str, data: Any) -> None:
+            super().put(key, data)
+            store.open()["a"].prune()
+
+    with pytest.raises(Conflict, match="packs were freed while they were emptied, 3 times") as caught:
+        store.open(storage=Pruned(store.storage))["a"].repack()
+    assert "when no other repack or prune" in caught.value.do
+    assert not unnamed(store)
+    check(store, STEPS, attached=6)
+
+
+# a process that saves ----------------------------------------------------------------------------------------------
+
+
+def test_a_save_in_between() -> None:
+    """The writer refers to what is being moved, and has rules of its own; at any operation, before or after."""
+    number, fired = 0, True
+    seen: Counter[str] = Counter()
+    while fired:
+        store = Store(**WIDE)
+        with store.open().run("a", keep=everystep.last(4)).track(rng=False) as run:
+            for step in range(1, 8):
+                run.save(step, state=state_of(step)).wait()
+                run._writer.wait()
+
+            def save(run: everystep.Run = run) -> None:
+                run.save(8, state=state_of(8)).wait()
+                run._writer.wait()
+
+            between = Between(store.storage, number, save, EVERY)
+            moved = store.open(storage=between)["a"].repack()
+            seen["moved" if moved.checkpoints else "not moved"] += 1
+            fired = between.fired
+            check(store, [5, 6, 7, 8] if fired else [4, 5, 6, 7])
+            run.save(9, state=state_of(9)).wait()
+            run.save(10, state=state_of(10)).wait()
+        check(store, [7, 8, 9, 10] if fired else [6, 7, 9, 10])
+        store.open()["a"].repack()
+        check(store, [7, 8, 9, 10] if fired else [6, 7, 9, 10])
+        assert set(store.packs()) == store.read_by()
+        number += 7
+    assert seen["moved"] > 10, seen
+
+
+def test_a_save_after_it_stores_what_stood_still_only_once() -> None:
+    """Its references were to packs that are gone; it is written again with those that its parent has now."""
+    store = Store(**WIDE, base_ratio=0.0)
+    with store.open().run("a").track(rng=False) as run:
+        for step in range(1, 6):
+            run.save(step, state=state_of(step)).wait()
+        usual = run.at(5).cost["stored_bytes"]
+        assert usual < run.at(1).cost["stored_bytes"] - 40_000
+        beside = thin_out(store, [5])
+        assert beside.repack().checkpoints == 1
+        run.save(6, state=state_of(6)).wait()
+        assert abs(run.at(6).cost["stored_bytes"] - usual) < 6000
+        run.save(7, state=state_of(7)).wait()
+        assert abs(run.at(7).cost["stored_bytes"] - usual) < 6000
+    check(store, [5, 6, 7])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_a_save_finds_anew_is_freed_once_more(times: int) -> None:
+    """Between the second attempt and its record, too, somebody may repack: then it leans on nothing."""
+    store = Store(**WIDE, base_ratio=0.0)
+    with store.open().run("a").track(rng=False) as first:
+        for step in range(1, 6):
+            first.save(step, state=state_of(step)).wait()
+    left = [5, 4][:times]
+
+    class Disturbed(FaultyStorage):
+        """Before a commit is created, another process drops a checkpoint and empties its packs."""
+
+        def put_new(self, key: str, data: bytes) -> None:
+            if b'"type":"commit"' in bytes(data) and left:
+                beside = thin_out(store, sorted(left))
+                left.pop()
+                beside.repack(dead=0)
+            super().put_new(key, data)
+
+    with store.open(storage=Disturbed(store.storage)).run("a").track(rng=False) as run:
+        assert run.resume() == 5
+        run.save(6, state=state_of(6)).wait()
+    assert not left
+    check(store, sorted([*([5, 4][:times]), 6])[-2:] if times == 1 else [4, 5, 6])
+
+
+class Real(Seam):
+    """Real threads and clock; asks no other program."""
+
+    def ask(self, *command: str, seconds: float = 3.0) -> str | None:
+        return None
+
+
+def test_beside_threads_that_save_drop_and_read() -> None:
+    storage, over = MemoryStorage(), threading.Event()
+    errors: list[BaseException] = []
+    seen: Counter[str] = Counter()
+
+    def opened() -> Repository:
+        return Repository(Place(storage, Real(), Settings(**WIDE)))
+
+    def guarded(work: Callable[[], Any]) -> None:
+        try:
+            while not over.is_set():
+                work()
+        except BaseException as error:  # noqa: BLE001  the test raises it
+            errors.append(error)
+            over.set()
+
+    with opened().run("a").track(rng=False) as run:
+        run.save(1, state=state_of(1)).wait()
+        own, other, reading = run, opened()["a"], opened()["a"]
+        steps = itertools.cycle(range(5))
+
+        def drop() -> None:
+            rest = next(steps)
+            keep = everystep.last(4) | everystep.when(lambda kept: kept.step % 5 == rest)
+            other.forget(keep, force=True, undo_seconds=0.0)
+            other.prune()
+
+        def repack() -> None:
+            try:
+                seen["moved"] += opened()["a"].repack().checkpoints
+            except Conflict:
+                seen["given up"] += 1
+
+        def read() -> None:
+            for checkpoint in reading.checkpoints(all=True):
+                try:
+                    assert whole(checkpoint)
+                    seen["read"] += 1
+                except CheckpointRetired:
+                    seen["retired"] += 1
+
+        def repack_here() -> None:
+            """In the very process that saves."""
+            try:
+                own.repack()
+            except Conflict:
+                seen["given up"] += 1
+
+        threads = [threading.Thread(target=guarded, args=(work,)) for work in (drop, repack, read, repack_here)]
+        for thread in threads:
+            thread.start()
+        try:
+            for step in range(2, 60):
+                run.save(step, state=state_of(step)).wait()
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(100)
+                assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+    assert seen["moved"] > 3 and seen["read"] > 20, seen
+    assert opened().check().ok
+    assert all(whole(checkpoint) for checkpoint in opened()["a"].checkpoints(all=True))
+
+
+# readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_has_a_checkpoint_open_goes_on() -> None:
+    store = made_of()
+    past = store.open()["a"]
+    before = {c.step: c for c in past.checkpoints()}
+    opened = {c.step: c for c in past.checkpoints() if c.leaves()}
+    one = opened[6]._open().of_rank(0)
+    notes = past._history().attachments["notes.txt"]
+    beside = store.open()["a"]
+    assert beside.repack(dead=0).checkpoints == 4
+    for held in (before, opened):
+        for step in STEPS:
+            assert whole(held[step], thin=step == 3)
+            assert held[step].verify() > 0 and same(held[step].load(only="frozen"), state_of(step)["frozen"])
+    assert one is not None and same(one.build("state"), state_of(6))
+    assert opened[5].diff(opened[6], only="frozen").same
+    assert everystep.restore.read_attachment(past._vault, notes) == file_of(6)
+
+
+@pytest.mark.parametrize("verbs", [("get",)])
+def test_a_read_that_a_repack_overtakes_anywhere(verbs: tuple[str, ...]) -> None:
+    made = made_of()
+    number, fired = 0, True
+    while fired:
+        store = made.copy()
+        between = Between(store.storage, number, lambda store=store: _move(store), verbs)
+        repo = store.open(storage=between)
+        assert whole(repo["a"].at(6)) and whole(repo["a"].at(3))
+        assert repo["a"].attachment("notes.txt") == file_of(6)
+        assert repo.check().ok
+        assert repo["a"].stats().checkpoints == 3
+        fired = between.fired
+        number += 2
+    assert number > 30
+
+
+def _move(store: Store) -> None:
+    assert store.open()["a"].repack(dead=0).checkpoints == 4
+
+
+def test_a_reader_of_what_was_moved_twice_and_then_dropped() -> None:
+    store = made_of()
+    held = [store.open()["a"].at(5) for _ in range(2)]
+    assert held[0].leaves()
+    assert store.open()["a"].repack().checkpoints
+    thin_out(store, [5, 6])
+    store.open()["a"].prune(now=True)
+    store.open()["a"].repack(dead=0)
+    assert all(whole(checkpoint) for checkpoint in held)
+    thin_out(store, [5, 6], [6])
+    with pytest.raises(CheckpointRetired, match="step 5 has been thinned"):
+        held[0].load()
+    thin_out(store, [6])
+    for checkpoint in held:
+        with pytest.raises(CheckpointRetired, match="step 5 has been dropped"):
+            checkpoint.load()
+
+
+# random walks ------------------------------------------------------------------------------------------------------
+
+
+class Moving(Walk):
+    """Everything that keeps, drops, brings back and frees; and repacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        folder = str(self.root / str(next(self.folders))) if self.folders is not None else None
+        self.store = Store(folder, chunk_bytes_max=4096, small_leaf_bytes=1024, pack_bytes_max=1 << 16)
+        self.other = self.store.open(skew=0.0)
+
+    @rule(dead=st.sampled_from([0.0, 0.2, 0.5]), beside=st.booleans())
+    def repack(self, dead: float, beside: bool) -> None:
+        before = self.store.nbytes
+        moved = (self.beside if beside else self.run).repack(dead=dead)
+        self.model.free(self.store.clock.seconds, at_once=False)
+        assert self.store.nbytes == moved.held_bytes == before + moved.written_bytes - moved.freed_bytes <= before
+        self.check_loads(self.model.live)
+        assert self.beside.repack(dead=dead).checkpoints == 0
+        self.seen["moved"] += moved.checkpoints
+
+
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_random_walks(place: str, tmp_path: Path) -> None:
+    class Here(Moving):
+        seen: Counter[str] = Counter()
+        root = tmp_path
+        folders = itertools.count() if place == "folder" else None
+
+    run_state_machine_as_test(
+        Here,
+        settings=settings(
+            max_examples=6, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    assert Here.seen["moved"] > 10, Here.seen
