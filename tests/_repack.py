@@ -51,7 +51,9 @@ def only(*steps: int) -> everystep.Rule:
     return everystep.when(lambda kept: kept.step in steps)
 
 
-def thin_out(store: Store, keep: Sequence[int], full: Sequence[int] | None = None, undo_seconds: float = 0.0) -> PastRun:
+def thin_out(
+    store: Store, keep: Sequence[int], full: Sequence[int] | None = None, undo_seconds: float = 0.0
+) -> PastRun:
     """Drops and thins, and frees what can be freed as it lies."""
     past = store.open()["a"]
     past.forget(only(*keep), only(*full) if full is not None else None, force=True, undo_seconds=undo_seconds)

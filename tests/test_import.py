@@ -123,3 +123,58 @@ def test_what_cannot_be_imported_or_exported_says_so(tmp_path: Path) -> None:
         repo["a"].at(1).export(str(tmp_path / "x.npz"), only="wieghts")
     assert not (tmp_path / "x.npz").exists()
     repo["a"].at(1).export(str(tmp_path / "x.npz"), only="w")
+
+
+def test_a_lightning_folder_becomes_a_run_and_files_again(tmp_path: Path) -> None:
+    folder = tmp_path / "lightning_logs" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.manual_seed(1)
+    written = {}
+    for epoch in range(20):
+        state = {
+            "epoch": epoch,
+            "global_step": 50 * (epoch + 1),
+            "pytorch-lightning_version": "2.5.0",
+            "state_dict": {"net.weight": torch.randn(16, 16), "net.half": torch.randn(8).bfloat16()},
+            "optimizer_states": [{"state": {0: {"step": torch.tensor(float(epoch)), "exp_avg": torch.randn(16, 16)}}}],
+            "lr_schedulers": [{"last_epoch": epoch, "_last_lr": [1e-3 / (epoch + 1)]}],
+            "hyper_parameters": {"lr": 1e-3},
+        }
+        written[50 * (epoch + 1)] = (state, 1 / (epoch + 1))
+        torch.save(state, folder / f"epoch={epoch}-step={50 * (epoch + 1)}-val_loss={1 / (epoch + 1):.4f}.ckpt")
+    repo = everystep.open(str(tmp_path / "runs"))
+    report = repo.import_from(str(folder), "lit")
+    assert [b.step for b in report.brought] == list(written) and report.skipped == []
+    for step, (state, loss) in written.items():
+        checkpoint = repo["lit"].at(step)
+        assert checkpoint.metrics["val_loss"] == round(loss, 4) and checkpoint.metrics["epoch"] == state["epoch"]
+        checkpoint.export(str(tmp_path / f"{step}.ckpt"))
+        assert equal(torch.load(tmp_path / f"{step}.ckpt", weights_only=True), state)
+    assert repo["lit"].best("val_loss").step == 1000
+
+
+def test_a_folder_of_deltas_becomes_a_run_of_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "deltas"
+    folder.mkdir()
+    torch.manual_seed(2)
+    weights = {"fc.weight": torch.randn(32, 32), "fc.bias": torch.randn(32)}
+    torch.save(weights, folder / "weights_epoch_0.pth")
+    summed = {0: weights}
+    for epoch in range(1, 20):
+        delta = {name: 1e-3 * torch.randn_like(value) for name, value in weights.items()}
+        torch.save(delta, folder / f"delta_weights_epoch_{epoch}.pth")
+        weights = {name: value + delta[name] for name, value in weights.items()}
+        summed[epoch] = weights
+    repo = everystep.open(str(tmp_path / "runs"))
+    report = repo.import_from(str(folder))
+    assert [b.step for b in report.brought] == list(range(20))
+    assert all("sum of deltas" in b.notes[0] for b in report.brought[1:])
+    for epoch, state in summed.items():
+        out = tmp_path / f"{epoch}.pth"
+        repo["deltas"].at(epoch).export(str(out))
+        assert equal(torch.load(out, weights_only=True), state)
+
+    (folder / "weights_epoch_0.pth").unlink()
+    with pytest.raises(NotFound) as caught:
+        repo.import_from(str(folder), "baseless")
+    assert "weights" in str(caught.value) and "baseless" not in repo

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from _ranks import QUICK, RANKS, whole_of
 from _ranks import state_of as rank_state
-from _repack import Between, WIDE, check, file_of, only, packs_of, state_of, store_of, thin_out, unnamed, whole
+from _repack import WIDE, Between, check, file_of, only, packs_of, state_of, store_of, thin_out, unnamed, whole
 from _retention import DAY, Store, based, same
 from independent_reader import Run
 
@@ -25,7 +25,7 @@ from everystep.vault import PackName, Place
 from everystep.vault.history import History, unroll
 from everystep.vault.manifest import NO_BASE
 from everystep.vault.names import pack_key, record_key
-from everystep.vault.record import Gc, Moved, PackRange, Record, Rewrite, Where, unpack_record
+from everystep.vault.record import Moved, PackRange, Record, Rewrite, Where, unpack_record
 
 
 def test_a_frozen_leaf_no_longer_holds_what_lies_beside_it() -> None:

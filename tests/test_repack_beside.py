@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from _repack import CHANGES, WIDE, Between, check, file_of, only, packs_of, state_of, store_of, thin_out, unnamed, whole
+from _repack import CHANGES, WIDE, Between, check, file_of, state_of, store_of, thin_out, unnamed, whole
 from _retention import DAY, Store, same
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import rule, run_state_machine_as_test
 from test_retention_model import Walk
 
 import everystep
@@ -123,9 +120,9 @@ def test_a_full_place_does_not_stay_so() -> None:
 
 
 def at_every_operation(
-    made: Store, what: Callable[[Store], None], verify: Callable[[Store, everystep.upkeep.Repacked], None], step: int = 1
+    made: Store, what: Callable[[Store], object], verify: Callable[[Store, bool], None], stride: int = 3
 ) -> Counter[str]:
-    """Repacks copies of a store, each with something else in between, before another operation."""
+    """Repacks copies of a store, each with something else before another operation; `verify` is told whether it was."""
     seen: Counter[str] = Counter()
     number, fired = 0, True
     while fired:
@@ -134,68 +131,60 @@ def at_every_operation(
         moved = store.open(storage=between)["a"].repack()
         fired = between.fired
         seen["moved" if moved.checkpoints else "not moved"] += 1
-        verify(store, moved)
-        number += step
-    assert number > 30 * step
+        verify(store, fired)
+        number += stride
+    assert number > 30 * stride
     return seen
 
 
-def test_a_collection_in_between() -> None:
-    """It takes what no record names yet; then all begins again."""
+@pytest.mark.parametrize("again", [False, True], ids=["prune", "repack"])
+def test_a_collection_in_between(again: bool) -> None:
+    """It takes what no record names yet; then all begins again. So does another repack, which may be the faster."""
     made = made_of()
     done = made.copy()
     done.open()["a"].repack()
 
-    def verify_same(store: Store, moved: everystep.upkeep.Repacked) -> None:
-        assert abs(store.nbytes - done.nbytes) < 2000
-        verify(store, done.nbytes)
+    def collect(store: Store) -> None:
+        past = store.open()["a"]
+        _ = past.repack() if again else past.prune()
 
-    seen = at_every_operation(made, lambda store: store.open()["a"].prune(), verify_same, 3)
-    assert seen["not moved"] == 0
-
-
-def test_another_repack_in_between() -> None:
-    made = made_of()
-    done = made.copy()
-    done.open()["a"].repack()
-
-    def verify_same(store: Store, moved: everystep.upkeep.Repacked) -> None:
+    def verify_same(store: Store, fired: bool) -> None:
         assert not unnamed(store) and abs(store.nbytes - done.nbytes) < 2000
         verify(store, done.nbytes)
 
-    seen = at_every_operation(made, lambda store: store.open()["a"].repack(), verify_same, 3)
-    assert seen["moved"] and seen["not moved"]
+    seen = at_every_operation(made, collect, verify_same)
+    assert seen["moved"] and bool(seen["not moved"]) == again
 
 
 def test_dropping_in_between() -> None:
     """What is dropped and freed meanwhile does not come back, and is not looked for."""
-    made = made_of()
 
     def drop(store: Store) -> None:
         thin_out(store, [5, 6], [6])
         store.open()["a"].prune(now=True)
 
-    def verify_dropped(store: Store, moved: everystep.upkeep.Repacked) -> None:
-        check(store, [5, 6], attached=6)
-        assert store.open()["a"].at(5).thin
+    def verify_dropped(store: Store, fired: bool) -> None:
+        steps = [5, 6] if fired else STEPS
+        check(store, steps, attached=6)
+        assert store.open()["a"].at(5).thin == fired
         store.open()["a"].repack()
         store.open()["a"].prune(now=True)
-        check(store, [5, 6], attached=6)
+        check(store, steps, attached=6)
         assert set(store.packs()) == store.read_by() and not store.open()["a"].dropped
 
-    at_every_operation(made, drop, verify_dropped, 3)
+    at_every_operation(made_of(), drop, verify_dropped)
 
 
 def test_undo_in_between() -> None:
-    made = made_of()
-
-    def verify_undone(store: Store, moved: everystep.upkeep.Repacked) -> None:
-        check(store, [1, *STEPS], attached=6)
-        store.open()["a"].repack()
+    def verify_undone(store: Store, fired: bool) -> None:
+        check(store, [1, *STEPS] if fired else STEPS, attached=6)
+        past = store.open()["a"]
+        past.repack()
+        assert fired or past.undo()
         check(store, [1, *STEPS], attached=6)
         assert set(store.packs()) == store.read_by()
 
-    at_every_operation(made, lambda store: [] if store.open()["a"].undo() else None, verify_undone, 3)
+    at_every_operation(made_of(), lambda store: store.open()["a"].undo(), verify_undone)
 
 
 def test_a_newer_file_in_between() -> None:
@@ -204,24 +193,24 @@ def test_a_newer_file_in_between() -> None:
     with made.open().run("a").track(rng=False) as run:
         for step in (1, 2):
             run.attach("big", np.random.default_rng(step).bytes(100_000))
-            run.attach("notes.txt", file_of(6))
-            run.save(step, state=state_of(step)).wait()
-    for number in range(40):
-        store = made.copy()
+            run.attach(f"own{step}", file_of(step))
+            run.save(step, state={"params": {"w": np.arange(3000.0) + step}}).wait()
 
-        def attach(store: Store = store) -> None:
-            with store.open().run("a").track(rng=False) as run:
-                run.attach("notes.txt", file_of(7))
-                run.save(3, state=state_of(3)).wait()
+    def attach(store: Store) -> None:
+        with store.open().run("a").track(rng=False) as run:
+            run.resume()
+            run.attach("own1", file_of(7))
+            run.save(3, state={"params": {"w": np.arange(3000.0) + 3}}).wait()
 
-        between = Between(store.storage, number * 2, attach, EVERY)
-        store.open(storage=between)["a"].repack()
-        check(store, [1, 2, 3] if between.fired else [1, 2], attached=7 if between.fired else 6)
-        assert store.open()["a"].attachment("big") == np.random.default_rng(2).bytes(100_000)
-        if not between.fired:
-            break
-    else:
-        raise AssertionError("it did not end")
+    def verify_newer(store: Store, fired: bool) -> None:
+        repo = store.open()
+        past = repo["a"]
+        assert [past.attachment(name) for name in ("own1", "own2")] == [file_of(7 if fired else 1), file_of(2)]
+        assert past.attachment("big") == np.random.default_rng(2).bytes(100_000)
+        assert [c.load()["params"]["w"][0] for c in past.checkpoints()] == ([1, 2, 3] if fired else [1, 2])
+        assert repo.check().ok
+
+    at_every_operation(made, attach, verify_newer, 1)
 
 
 def test_others_that_free_again_and_again() -> None:
@@ -292,29 +281,37 @@ def test_a_save_after_it_stores_what_stood_still_only_once() -> None:
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_what_a_save_finds_anew_is_freed_once_more(times: int) -> None:
-    """Between the second attempt and its record, too, somebody may repack: then it leans on nothing."""
+def test_what_a_save_finds_anew_may_be_freed_once_more(times: int) -> None:
+    """Between its second attempt and the record, too, somebody may repack: then it leans on nothing."""
     store = Store(**WIDE, base_ratio=0.0)
+
+    def state(step: int) -> dict[str, Any]:
+        early = np.random.default_rng(min(step, 5) // 5).standard_normal(5000)
+        return {"params": state_of(step)["params"], "frozen": state_of(1)["frozen"], "early": early}
+
     with store.open().run("a").track(rng=False) as first:
         for step in range(1, 6):
-            first.save(step, state=state_of(step)).wait()
-    left = [5, 4][:times]
+            first.save(step, state=state(step)).wait()
+    left, moved = [[4, 5], [5]][:times], []
 
     class Disturbed(FaultyStorage):
         """Before a commit is created, another process drops a checkpoint and empties its packs."""
 
         def put_new(self, key: str, data: bytes) -> None:
             if b'"type":"commit"' in bytes(data) and left:
-                beside = thin_out(store, sorted(left))
-                left.pop()
-                beside.repack(dead=0)
+                moved.append(thin_out(store, left.pop(0)).repack(dead=0).checkpoints)
             super().put_new(key, data)
 
-    with store.open(storage=Disturbed(store.storage)).run("a").track(rng=False) as run:
+    traced = Disturbed(store.storage, verbs=("put",))
+    with store.open(storage=traced).run("a").track(rng=False) as run:
         assert run.resume() == 5
-        run.save(6, state=state_of(6)).wait()
-    assert not left
-    check(store, sorted([*([5, 4][:times]), 6])[-2:] if times == 1 else [4, 5, 6])
+        run.save(6, state=state(6)).wait()
+        assert run.at(6).parent == run.at(5).id
+    attempts = sum(1 for verb, _ in traced.calls)
+    assert moved == [2, 1][:times] and attempts >= 2 * (times + 1)
+    found = store.open()["a"].checkpoints()
+    assert [c.step for c in found] == ([4, 5, 6] if times == 1 else [5, 6])
+    assert all(same(c.load(), state(c.step)) for c in found) and store.open().check().ok
 
 
 class Real(Seam):
@@ -411,13 +408,12 @@ def test_who_has_a_checkpoint_open_goes_on() -> None:
     assert everystep.restore.read_attachment(past._vault, notes) == file_of(6)
 
 
-@pytest.mark.parametrize("verbs", [("get",)])
-def test_a_read_that_a_repack_overtakes_anywhere(verbs: tuple[str, ...]) -> None:
+def test_a_read_that_a_repack_overtakes_anywhere() -> None:
     made = made_of()
     number, fired = 0, True
     while fired:
         store = made.copy()
-        between = Between(store.storage, number, lambda store=store: _move(store), verbs)
+        between = Between(store.storage, number, lambda store=store: move(store), ("get",))
         repo = store.open(storage=between)
         assert whole(repo["a"].at(6)) and whole(repo["a"].at(3))
         assert repo["a"].attachment("notes.txt") == file_of(6)
@@ -428,7 +424,7 @@ def test_a_read_that_a_repack_overtakes_anywhere(verbs: tuple[str, ...]) -> None
     assert number > 30
 
 
-def _move(store: Store) -> None:
+def move(store: Store) -> None:
     assert store.open()["a"].repack(dead=0).checkpoints == 4
 
 
@@ -453,37 +449,22 @@ def test_a_reader_of_what_was_moved_twice_and_then_dropped() -> None:
 # random walks ------------------------------------------------------------------------------------------------------
 
 
-class Moving(Walk):
-    """Everything that keeps, drops, brings back and frees; and repacks."""
+def test_random_walks_with_packs_that_are_worth_it() -> None:
+    """Everything that keeps, drops, brings back and frees, with repacks in between."""
+    seen: Counter[str] = Counter()
 
-    def __init__(self) -> None:
-        super().__init__()
-        folder = str(self.root / str(next(self.folders))) if self.folders is not None else None
-        self.store = Store(folder, chunk_bytes_max=4096, small_leaf_bytes=1024, pack_bytes_max=1 << 16)
-        self.other = self.store.open(skew=0.0)
+    @settings(max_examples=6, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        walk = Walk(Store(pack_bytes_max=1 << 16), data, seen)
+        try:
+            for _ in range(40):
+                walk.step()
+                if data.draw(st.integers(0, 3), "repack too") == 0:
+                    walk.repack()
+        finally:
+            walk.run.close()
+        walk.check_end()
 
-    @rule(dead=st.sampled_from([0.0, 0.2, 0.5]), beside=st.booleans())
-    def repack(self, dead: float, beside: bool) -> None:
-        before = self.store.nbytes
-        moved = (self.beside if beside else self.run).repack(dead=dead)
-        self.model.free(self.store.clock.seconds, at_once=False)
-        assert self.store.nbytes == moved.held_bytes == before + moved.written_bytes - moved.freed_bytes <= before
-        self.check_loads(self.model.live)
-        assert self.beside.repack(dead=dead).checkpoints == 0
-        self.seen["moved"] += moved.checkpoints
-
-
-@pytest.mark.parametrize("place", ["memory", "folder"])
-def test_random_walks(place: str, tmp_path: Path) -> None:
-    class Here(Moving):
-        seen: Counter[str] = Counter()
-        root = tmp_path
-        folders = itertools.count() if place == "folder" else None
-
-    run_state_machine_as_test(
-        Here,
-        settings=settings(
-            max_examples=6, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
-        ),
-    )
-    assert Here.seen["moved"] > 10, Here.seen
+    run()
+    assert seen["repacked"] > 10, seen

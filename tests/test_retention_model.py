@@ -1,9 +1,13 @@
-"""Random walks of everything that keeps, drops, brings back and frees, beside a model in plain Python."""
+"""Random walks of everything that keeps, drops, brings back and frees, beside a model in plain Python.
+
+EVERYSTEP_WALKS says how many (10), of 50 steps each.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import everystep
-from everystep import Checkpoint, Conflict, NotFound, RunTakenOver
+from everystep import Conflict, NotFound, RunTakenOver
 from everystep.errors import CheckpointRetired
 
 # the model ---------------------------------------------------------------------------------------------------------
@@ -168,7 +172,7 @@ SKEWS = st.sampled_from([0.0, -YEAR, YEAR])
 PICK = st.integers(0, 1 << 16)
 ACTIONS = ["train"] * 5 + ["forget"] * 5 + ["undo"] * 2 + ["prune"] * 3
 ACTIONS += ["wait", "rewind", "tag", "untag", "reopen", "repack"]
-STEPS = 50
+STEPS, WALKS = 50, int(os.environ.get("EVERYSTEP_WALKS", "10"))
 
 
 class Walk:
@@ -376,7 +380,7 @@ def actions(decided: list[everystep.Decision]) -> dict[str, str]:
 def test_random_walks(place: str, tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     folders = (str(tmp_path / str(number)) for number in itertools.count())
-    walks = 10 if place == "memory" else 4
+    walks = WALKS if place == "memory" else max(1, 2 * WALKS // 5)
 
     @settings(max_examples=walks, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
     @given(st.data())
@@ -390,4 +394,6 @@ def test_random_walks(place: str, tmp_path: Path) -> None:
         walk.check_end()
 
     run()
-    print(seen)
+    assert seen["steps"] >= STEPS * walks
+    for what in ("dropped", "thinned", "brought back", "freed", "with a base", "dropped by the run's rules"):
+        assert seen[what] > 0 or place == "folder", seen

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from everystep.errors import Error, NotFound
-from everystep.exchange import DAMAGED, SAME, Found, Imported, Skipped, Survey, each, survey
+from everystep.exchange import DAMAGED, SAME, UNPLACED, Found, Imported, Skipped, Survey, each, survey
 from everystep.run import Run
 from everystep.vault import Place
 
@@ -55,22 +55,24 @@ def look(place: Place, path: str) -> Survey:
     """
     seen = survey(path, place.seam, place.settings)
     if not seen.found:
-        few = "; ".join(f"{skipped.path}: {skipped.why}" for skipped in seen.skipped[:5])
-        raise NotFound(
-            "no checkpoint was found there",
-            where=path,
-            do=f"looked at: {few}" if few else "give a folder with checkpoint files, or one such file",
-        )
+        raise nothing(path, seen.skipped)
     return seen
 
 
-def bring(run: Run, place: Place, seen: Survey, *, dry_run: bool, progress: Progress | None) -> ImportReport:
-    """Saves what was found. Steps that the run has already are left as they are: an import that was cut off goes on."""
+def bring(run: Run, place: Place, path: str, seen: Survey, *, dry_run: bool, progress: Progress | None) -> ImportReport:
+    """Saves what was found. Steps that the run has already are left as they are: an import that was cut off goes on.
+
+    Raises:
+        NotFound: if nothing of it could be taken.
+    """
     report = ImportReport(run.name, seen.steps_from, skipped=list(seen.skipped))
     there = {checkpoint.step for checkpoint in run.checkpoints(all=True)}
     for found in seen.found:
         if found.step in there:
             report.skipped.append(Skipped(found.path, f"step {found.step} is in the run already", SAME))
+        elif found.missing:
+            report.skipped.append(Skipped(found.path, f"a delta without its base: {found.missing}", UNPLACED))
+            there.add(found.step)
     wanted = [found for found in seen.found if found.step not in there]
     if dry_run:
         report.brought = [_brought(found) for found in wanted]
@@ -93,7 +95,17 @@ def bring(run: Run, place: Place, seen: Survey, *, dry_run: bool, progress: Prog
         report.stored_bytes += int(checkpoint.cost["stored_bytes"])
     if progress is not None:
         progress(len(seen.found), len(seen.found), "")
+    if not report.brought and not run.checkpoints(all=True):
+        raise nothing(path, report.skipped)
     return report
+
+
+def nothing(path: str, skipped: list[Skipped]) -> NotFound:
+    """No checkpoint came in."""
+    few = "; ".join(f"{one.path.rpartition('/')[2]}: {one.why}" for one in skipped[:5])
+    more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+    do = f"looked at {few}{more}" if few else "give a folder with checkpoint files, or one such file"
+    return NotFound("no checkpoint was found there that could be taken", where=path, do=do)
 
 
 def _brought(found: Found, id: str = "", imported: Imported | None = None) -> Brought:

@@ -180,7 +180,7 @@ class Repository:
         seen = look(self._place, path)
         name = run or path.rstrip("/").rpartition("/")[2].partition(".")[0] or "imported"
         with self.run(name, takeover=takeover).track(rng=False) as target:
-            return bring(target, self._place, seen, dry_run=dry_run, progress=progress)
+            return bring(target, self._place, path, seen, dry_run=dry_run, progress=progress)
 
     def check(
         self, *, data: bool = True, read: float | Fraction = 1, run: str | None = None, progress: Any = None

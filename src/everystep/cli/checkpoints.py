@@ -10,7 +10,7 @@ from rich.text import Text
 from everystep import Checkpoint, PastRun, Repository
 from everystep.cli import human
 from everystep.cli.graph import Drawn
-from everystep.cli.table import Column, Table, cut, lay_out
+from everystep.cli.table import Column, Table, cut, headed, lay_out
 
 SHORT_ID = 8
 BEST = "bold green"
@@ -112,7 +112,7 @@ def with_terms(
     through = ""
 
     def before(signs: str) -> Text:
-        return Text(signs.ljust(wide), "blue") if wide else Text()
+        return headed(signs.ljust(wide), "", "blue")
 
     def mark(session: dict[str, Any]) -> Text:
         return before(through).append_text(_marker(repository, session, width - wide if width is not None else None))

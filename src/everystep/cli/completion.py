@@ -16,8 +16,8 @@ from everystep.cli.screen import Screen
 
 STEPS_OFFERED = 50
 VARIABLE = "_EVERYSTEP_COMPLETE"
-# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line. Bash replaces
-# only its end, which it hands over as $2, so what stands before that is taken off the answers.
+# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line. Bash will put
+# the answer in place of its end alone, which is $2, so what stands before that is taken off.
 _BASH = """
 _everystep_completion() {
     local IFS=$'\\n' line=${COMP_LINE:0:COMP_POINT} whole words

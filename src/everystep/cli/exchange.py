@@ -15,7 +15,7 @@ from everystep.cli import human
 from everystep.cli.completion import checkpoints
 from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick_checkpoint
 from everystep.cli.progress import counting, reading
-from everystep.cli.table import Column, lay_out
+from everystep.cli.table import Column, headed, lay_out
 
 
 def export(
@@ -61,11 +61,11 @@ def export(
 
     def lines() -> Iterator[Text]:
         part = f", {human.clean(only)} alone" if only is not None else ""
-        yield Text(human.clean(written.path), "bold").append(
-            f": {human.size(written.nbytes)}, {human.clean(past.name)}@{checkpoint.step}{part}", "not bold"
-        )
+        rest = f": {human.size(written.nbytes)}, {human.clean(past.name)}@{checkpoint.step}{part}"
+        yield headed(human.clean(written.path), rest)
         for one in changed:
-            yield Text(f"  {human.clean(one['path'])}: {human.clean(one['what'])}", "yellow")
+            at = f"{human.clean(one['path'])}: " if one["path"] else ""
+            yield Text(f"  {at}{human.clean(one['what'])}", "yellow")
 
     screen.give(document, lines)
 
@@ -133,20 +133,17 @@ def _report(document: dict[str, Any], width: int | None) -> Iterator[Text]:
     if skipped:
         yield Text("\nnot taken" if rows else "not taken", "bold")
     for one in skipped:
-        yield Text(f"  {human.clean(one['path'])}: ", "red" if one["kind"] == "damaged" else "").append(
-            human.clean(one["why"]), "dim"
-        )
+        style = "red" if one["kind"] == "damaged" else ""
+        yield headed(f"  {human.clean(one['path'])}: ", human.clean(one["why"]), style)
     yield _summary(document)
 
 
 def _summary(document: dict[str, Any]) -> Text:
-    line = Text("\n").append(human.clean(document["run"]), "bold")
     brought, of = len(document["brought"]), human.size(document["file_bytes"])
     if not brought:
-        return line.append(": nothing came in", "not bold")
-    if document["dry_run"]:
-        return line.append(
-            f": {human.count(brought, 'checkpoint')} of {of} would come in; nothing was done", "not bold"
-        )
-    stored = human.size(document["stored_bytes"])
-    return line.append(f": {human.count(brought, 'checkpoint')} came in, {stored} stored of {of}", "not bold")
+        what = "nothing came in"
+    elif document["dry_run"]:
+        what = f"{human.count(brought, 'checkpoint')} of {of} would come in; nothing was done"
+    else:
+        what = f"{human.count(brought, 'checkpoint')} came in, {human.size(document['stored_bytes'])} stored of {of}"
+    return Text("\n").append_text(headed(human.clean(document["run"]), f": {what}"))

@@ -16,7 +16,7 @@ from everystep.cli.checkpoints import SHORT_ID, when
 from everystep.cli.completion import runs, targets
 from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick, pick_run
 from everystep.cli.progress import counting
-from everystep.cli.table import Column, lay_out
+from everystep.cli.table import Column, headed, lay_out
 
 _STYLES = {"keep": "green", "thin": "yellow", "drop": "bold red"}
 _DONE = {"keep": "kept", "thin": "thinned", "drop": "dropped"}
@@ -65,15 +65,8 @@ def forget(
     """
     screen, repository = begin(context, repo, as_json)
     past, checkpoint = pick(repository, target)
-    rules = [
-        *([everystep.last(keep_last)] if keep_last is not None else []),
-        *(typed.best(text, "--keep-best") for text in keep_best or []),
-        *(typed.every(text, "--keep-every") for text in keep_every or []),
-        *([everystep.within(seconds=typed.seconds(keep_within, "--keep-within"))] if keep_within is not None else []),
-        *(everystep.tagged(pattern) for pattern in keep_tag or []),
-    ]
-    full = [everystep.last(full_last)] if full_last is not None else []
-    full += [everystep.tagged(pattern) for pattern in keep_tag or []] if full else []
+    rules = _rules(keep_last, keep_best or [], keep_every or [], keep_within, keep_tag or [])
+    full = [everystep.last(full_last), *map(everystep.tagged, keep_tag or [])] if full_last is not None else []
     _check_asked(checkpoint, [*rules, *full])
     kept = {one.id: one for one in past.checkpoints(all=True)}
     keep = _all_but(past, checkpoint) if checkpoint is not None else typed.union(rules)
@@ -89,6 +82,18 @@ def forget(
         "decisions": [_about(one, kept) for one in reversed(decided)],
     }
     screen.give(document, lambda: _plan(repository, document, screen.width))
+
+
+def _rules(
+    last: int | None, best: Sequence[str], every: Sequence[str], within: str | None, tags: Sequence[str]
+) -> list[Rule]:
+    return [
+        *([everystep.last(last)] if last is not None else []),
+        *(typed.best(text, "--keep-best") for text in best),
+        *(typed.every(text, "--keep-every") for text in every),
+        *([everystep.within(seconds=typed.seconds(within, "--keep-within"))] if within is not None else []),
+        *map(everystep.tagged, tags),
+    ]
 
 
 def _check_asked(checkpoint: Checkpoint | None, rules: Sequence[Rule]) -> None:
@@ -192,9 +197,7 @@ def undo(
 
     def lines() -> Iterator[Text]:
         steps = ", ".join(str(one.step) for one in back)
-        yield Text(human.clean(past.name), "bold").append(
-            f": {human.count(len(back), 'checkpoint')} back: {steps}", "not bold"
-        )
+        yield headed(human.clean(past.name), f": {human.count(len(back), 'checkpoint')} back: {steps}")
         if left:
             yield Text(f"… {human.count(len(left), 'checkpoint')} more can be brought back: undo once more", "dim")
 

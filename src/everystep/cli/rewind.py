@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from everystep import RunInUse
 from everystep.cli import human
 from everystep.cli.completion import checkpoints
 from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick_checkpoint
+from everystep.cli.table import headed
 
 
 def rewind(
@@ -49,11 +49,7 @@ def rewind(
         "moved": moved,
         "left": left,
     }
-    name = Text(human.clean(past.name), "bold")
-    if not moved:
-        screen.give(document, lambda: [name.append(f" is at step {checkpoint.step} already", "not bold")])
-        return
     note = f"; {human.count(len(left), 'checkpoint')} left on another line: log --all" if left else ""
-    screen.give(
-        document, lambda: [name.append(f" continues from step {checkpoint.step}, {checkpoint.id}{note}", "not bold")]
-    )
+    went = f" continues from step {checkpoint.step}, {checkpoint.id}{note}"
+    rest = went if moved else f" is at step {checkpoint.step} already"
+    screen.give(document, lambda: [headed(human.clean(past.name), rest)])

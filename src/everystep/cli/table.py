@@ -105,6 +105,11 @@ def cut(text: str, width: int | None, keep_end: bool = False) -> str:
     return "…" + text
 
 
+def headed(name: str, rest: str, style: str = "bold") -> Text:
+    """A line that begins with what it is about."""
+    return Text().append(name, style).append(rest)
+
+
 def pairs(rows: Sequence[tuple[str, str]], indent: int = 0) -> list[Text]:
     """Names and what they are, one under the other; what has no value is left out."""
     kept = [(name, text) for name, text in rows if text]

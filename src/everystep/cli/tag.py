@@ -14,7 +14,7 @@ from everystep.cli.checkpoints import SHORT_ID, when
 from everystep.cli.completion import tags, targets
 from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick, pick_checkpoint
 from everystep.cli.screen import Screen
-from everystep.cli.table import Column, lay_out
+from everystep.cli.table import Column, headed, lay_out
 
 
 def tag(
@@ -72,10 +72,9 @@ def _add(screen: Screen, repository: Repository, target: str, name: str, *, vers
         "step": checkpoint.step,
         "moved_from": {"id": moved.id, "step": moved.step} if moved is not None else None,
     }
-    line = Text(human.clean(given), "bold yellow").append(f" is step {checkpoint.step} of ", "not bold default")
-    line.append(human.clean(past.name), "default").append(f", {checkpoint.id}", "not bold default")
     was = f"; it was step {moved.step}, {moved.id}" if moved is not None else ""
-    screen.give(document, lambda: [line.append(was, "not bold default")])
+    rest = f" is step {checkpoint.step} of {human.clean(past.name)}, {checkpoint.id}{was}"
+    screen.give(document, lambda: [headed(human.clean(given), rest, "bold yellow")])
 
 
 def _delete(screen: Screen, repository: Repository, target: str, name: str) -> None:
@@ -91,14 +90,8 @@ def _delete(screen: Screen, repository: Repository, target: str, name: str) -> N
         )
     past.untag(name)
     document = {"repository": repository.url, "run": past.name, "deleted": name, "id": holder.id, "step": holder.step}
-    screen.give(
-        document,
-        lambda: [
-            Text(human.clean(name), "bold").append(
-                f" is no tag any more; it was step {holder.step}, {holder.id}", "not bold"
-            )
-        ],
-    )
+    rest = f" is no tag any more; it was step {holder.step}, {holder.id}"
+    screen.give(document, lambda: [headed(human.clean(name), rest)])
 
 
 def _list(screen: Screen, repository: Repository, target: str | None) -> None:
@@ -193,4 +186,4 @@ def _note_lines(past: PastRun, target: str, found: list[dict[str, Any]]) -> Iter
         yield Text("no note yet in ").append(human.clean(target), "bold")
     for one in found:
         of = f"@{one['step']}" if one["step"] is not None else ""
-        yield Text(f"{human.clean(past.name)}{of}", "bold").append(f"  {human.clean(one['text'])}", "not bold")
+        yield headed(f"{human.clean(past.name)}{of}", f"  {human.clean(one['text'])}")

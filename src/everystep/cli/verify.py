@@ -24,9 +24,10 @@ from everystep.cli.rehearse import (
     rehearsing,
     section,
 )
-from everystep.cli.table import Column, lay_out, pairs
+from everystep.cli.table import Column, cut, lay_out, pairs
 
 SHOWN = 20
+VALUE_SHOWN = 40
 _VERDICTS = {
     "differs": "the resumed run is not the run that was never interrupted",
     "not deterministic": "the script differs from itself, so that nothing can be said of its resume",
@@ -122,6 +123,6 @@ def _row(one: dict[str, Any]) -> list[str]:
         one["role"],
         f"{one['share']:.1%}" if same_form else one["kind"] if leaf else "",
         f"{one['largest']:.3g}" if same_form and one["largest"] is not None else "",
-        "" if same_form else human.value(one["before"]),
-        "" if same_form else human.value(one["after"]),
+        "" if same_form else cut(human.value(one["before"]), VALUE_SHOWN),
+        "" if same_form else cut(human.value(one["after"]), VALUE_SHOWN),
     ]

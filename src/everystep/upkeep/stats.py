@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from everystep.errors import ObjectMissing
 from everystep.upkeep.collect import can_return, packs_of, size_of
 from everystep.upkeep.usage import Uses, held
 from everystep.vault import CODEC_NAMES, Committed, Manifest, PartView, RunVault, Spot
@@ -61,6 +62,16 @@ def measure_run(vault: RunVault, progress: Progress | None = None) -> RunStats:
     Args:
         progress: told (checkpoints done, checkpoints in all).
     """
+    while True:
+        seen = vault.history().slots
+        try:
+            return _measure(vault, progress)
+        except ObjectMissing:
+            if vault.history().slots == seen:
+                raise  # nobody freed or moved anything
+
+
+def _measure(vault: RunVault, progress: Progress | None) -> RunStats:
     history = vault.history()
     found = RunStats(vault.name, len(history.live), len(history.thin & set(history.live)))
     found.undoable = sum(can_return(history, id) for id in history.dropped)
