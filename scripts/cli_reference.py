@@ -35,6 +35,7 @@ A tag comes before a step, a step before an id.
 **Text** is for people. On a terminal ids are cut to 8 digits, times are ages, and columns that find no room are left
 out, which is said. In a pipe or file every line has everything. Colours follow `NO_COLOR` and `FORCE_COLOR`.
 Warnings and errors go to stderr, one line or three, and so does the progress bar, which appears only on a terminal.
+Tab completes verbs, options, runs, tags, steps and metrics, once the shell has [loaded it](#everystep-completion).
 
 **`--json`** gives one JSON document on stdout, an object, whatever happens: the answer, or
 `{"error": {"kind", "what", "where", "do"}}`. `warnings` is always in it, a list of what stderr says too. Times are
@@ -66,6 +67,7 @@ def _exit_codes() -> str:
         for kind in sorted(errors, key=lambda kind: (kind.exit_code, kind.kind))
     ]
     head = ["## Exit codes", "", "| code | kind | |", "|--:|---|---|", "| 0 | | Fine. |"]
+    rows.insert(1, "| 1 | | `diff --exit-code`: the states differ. |")
     return "\n".join([*head, *rows, "| 130 | | Interrupted. |", ""])
 
 

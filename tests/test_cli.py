@@ -111,7 +111,8 @@ def test_a_line_that_was_left_is_hidden_until_asked_for(place: Path) -> None:
     assert [(about["step"], about["current"]) for about in whole[:3]] == [(11, True), (12, False), (10, True)]
     assert whole[1]["id"] == left
     rows = lines_of(place, "log", "resnet", "--all")
-    assert rows[1].split()[:2] == ["11", "●"] and rows[3].split()[:2] == ["12", "○"]
+    assert rows[1].split()[:2] == ["●", "11"] and rows[3].split()[:3] == ["│", "○", "12"]
+    assert [row[:3].rstrip() for row in rows[4:7]] == ["├─╯", "●", "●"]
     assert json_of(place, "show", "resnet")["checkpoints"] == 7
     assert any(line.split() == ["other", "lines", "1", "checkpoint"] for line in lines_of(place, "show", "resnet"))
 
@@ -183,8 +184,10 @@ def test_show_of_a_checkpoint(trained: Path) -> None:
     assert sum(role["nbytes"] for role in document["roles"].values()) == checkpoint.cost["raw_bytes"]
     text = "\n".join(lines_of(trained, "show", "resnet@4"))
     for part in (f"id      {checkpoint.id}", f"parent  {checkpoint.parent}, step 2", "tags    good_one",
-                 "val_loss  0.375", "model/w  ", "float32  300 × 40", "float64  300 × 40", "46.9 KiB"):  # fmt: skip
+                 "val_loss  0.375", "model/w  ", "46.9 KiB"):  # fmt: skip
         assert part in text, text
+    assert re.search(r"^  model/w +float32 +300 × 40 +weights +46.9 KiB$", text, re.M)
+    assert re.search(r"^  optimizer/m +float64 +300 × 40 +optimizer +93.8 KiB$", text, re.M)
 
 
 def test_show_limits_leaves_and_says_so(tmp_path: Path) -> None:
@@ -193,14 +196,14 @@ def test_show_limits_leaves_and_says_so(tmp_path: Path) -> None:
     total = len(everystep.open(str(tmp_path))["many"].at(1).leaves())
     assert total >= 40
 
-    def shown(*args: str) -> tuple[int, bool]:
+    def shown(*args: str) -> tuple[int, list[str]]:
         text = "\n".join(lines_of(tmp_path, "show", "many@1", *args))
-        return len(re.findall(r"^  (?:layer|rng)\S+ ", text, re.M)), "more: --all-leaves" in text
+        return len(re.findall(r"^  layer\d+ ", text, re.M)), re.findall(r"… (\d+) leaves more: --all-leaves", text)
 
-    assert shown() == (20, True)
-    assert shown("--leaves", "3") == (3, True)
-    assert shown("--leaves", "0") == (0, True)
-    assert shown("--all-leaves") == (total, False)
+    assert shown() == (24, [str(total - 24)])
+    assert shown("--leaves", "3") == (3, [str(total - 3)])
+    assert shown("--leaves", "0") == (0, [str(total)])
+    assert shown("--all-leaves") == (40, [])
     assert len(json_of(tmp_path, "show", "many@1")["leaves"]) == total
     few = json_of(tmp_path, "show", "many@1", "--leaves", "3")
     assert (len(few["leaves"]), few["more"]) == (3, total - 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import sys
 import threading
 import tracemalloc
 import warnings
@@ -350,8 +351,6 @@ class Crowd:
         with self.open().run("a", **self.rules).track(rng=False) as run:
             for step in range(1, self.saves + 1):
                 run.save(step, state=self.state(step)).wait()
-                if run.step is None and step % 10 == 0:
-                    [one.tags for one in run.checkpoints(all=True)]
 
     def drop(self, seed: int) -> Iterator[None]:
         drawn = random.Random(seed)
@@ -429,6 +428,26 @@ def test_collection_beside_a_process_that_saves(rules: dict[str, Any]) -> None:
     store = Store(**WHOLE_PACKS)
     store.storage = crowd.storage
     assert set(store.packs()) == store.read_by()
+
+
+def test_reading_the_run_that_saves() -> None:
+    """What one looks at does not change while its own background thread commits, drops and frees."""
+    pause = sys.getswitchinterval()
+    repo = Repository(Place(MemoryStorage(), Outside(), Settings()))
+    sys.setswitchinterval(1e-6)
+    try:
+        with repo.run("a", keep=everystep.last(150)).track(rng=False) as run:
+            for step in range(1, 301):
+                saved = run.save(step, state={"w": np.arange(5) + step}, metrics={"loss": 1.0})
+                while step > 1 and not (saved.done and not run._writer.busy):
+                    steps = [checkpoint.step for checkpoint in run.checkpoints(all=True)]
+                    assert steps == list(range(steps[0], steps[-1] + 1)) and step - 2 < steps[-1] <= step
+                    assert len(steps) <= 151 and len(run.checkpoints()) <= 151
+                    assert run.best("loss").step <= step and len(run.dropped) <= step and run.tags == {}
+                    assert run.metric_names == ["loss"] and len(run.series("loss")) <= step
+    finally:
+        sys.setswitchinterval(pause)
+    assert live(repo) == list(range(151, 301))
 
 
 # no more work and memory than there is to free ---------------------------------------------------------------------

@@ -283,7 +283,7 @@ def test_a_save_after_it_stores_what_stood_still_only_once() -> None:
 @pytest.mark.parametrize("times", [1, 2])
 def test_what_a_save_finds_anew_may_be_freed_once_more(times: int) -> None:
     """Between its second attempt and the record, too, somebody may repack: then it leans on nothing."""
-    store = Store(**WIDE, base_ratio=0.0)
+    store = Store(**{**WIDE, "pack_bytes_max": 1 << 18}, base_ratio=0.0)
 
     def state(step: int) -> dict[str, Any]:
         early = np.random.default_rng(min(step, 5) // 5).standard_normal(5000)

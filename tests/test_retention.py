@@ -119,7 +119,7 @@ KEPT = st.lists(st.integers(0, 12), max_size=12).flatmap(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(KEPT, MAYBE, MAYBE)
 def test_what_holds_for_every_plan(
     drawn: tuple[Any, ...], keep: everystep.Rule | None, keep_full: everystep.Rule | None
@@ -222,7 +222,7 @@ def test_a_rule_that_fails_drops_nothing() -> None:
 
 def test_rules_see_what_was_added_since_somebody_looked() -> None:
     """A process that has read the run before decides about what is there now."""
-    store = Store()
+    store = Store(base_ratio=0.0)
     with store.open().run("a").track(rng=False) as run:
         run.save(1, state=state_of(1)).wait()
         past, other = store.open()["a"], store.open()["a"]
@@ -235,8 +235,8 @@ def test_rules_see_what_was_added_since_somebody_looked() -> None:
             (3, KEEP, "last 2"),
             (4, KEEP, "newest; last 2"),
         ]
-        assert other.prune(now=True).packs + other.prune(now=True).pending_bytes >= 0
-        assert steps_of(other) == [3, 4]
+        freed = other.prune(now=True)
+        assert freed.packs > 0 and freed.held_bytes == store.nbytes and steps_of(other) == [3, 4]
 
 
 def test_the_newest_and_what_has_a_tag_stay() -> None:
@@ -371,13 +371,12 @@ def test_undo_beside_a_process_that_saves() -> None:
 def test_rules_of_a_run_hold_after_every_save() -> None:
     store = Store()
     rules = {"keep": last(3) | best(1, "loss") | every(10), "keep_full": last(2)}
-    losses = {4: 0.1}
     with store.open().run("a", **rules).track(rng=False) as run:
         for step in range(8, 23):
-            run.save(step, state=state_of(step), metrics={"loss": losses.get(step - 8, 1.0)}).wait()
+            run.save(step, state=state_of(step), metrics={"loss": 0.1 if step == 12 else 1.0}).wait()
             run._writer.wait()
-            expected = sorted({*range(max(8, step - 2), step + 1), *(s for s in (10, 12, 20) if s <= step)})
-            assert steps_of(run) == [s for s in expected if s >= 8] or step < 12
+            expected = {12 if step >= 12 else 8, *(s for s in (10, 20) if s <= step), *range(max(8, step - 2), step + 1)}
+            assert steps_of(run) == sorted(expected)
             assert [c.step for c in run.checkpoints() if not c.thin] == list(range(max(8, step - 1), step + 1))
     assert steps_of(run) == [10, 12, 20, 21, 22]
     assert all(whole(c, c.step) for c in run.checkpoints())
@@ -475,7 +474,7 @@ def gpt(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "gpt", module)
     spec.loader.exec_module(module)
-    module.CONTEXT, module.WIDTH, module.LAYERS = 32, 96, 2
+    module.CONTEXT, module.WIDTH, module.LAYERS = 32, 64, 2
     torch.manual_seed(0)
     model, text = module.GPT(), module.Sources(1000)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -491,15 +490,14 @@ def gpt(steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]
 def test_the_last_three_of_a_gpt_take_at_most_four_and_a_half_states(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Highest()
     run = None
-    for number, (model, optimizer) in enumerate(gpt(60, monkeypatch), 1):
+    for number, (model, optimizer) in enumerate(gpt(48, monkeypatch), 1):
         if run is None:
             run = new_repository(WithoutGit(), storage).run("gpt", keep=last(3)).track(model=model, optimizer=optimizer)
         run.save(2 * number).wait()
     assert run is not None
     run.close()
-    assert steps_of(run) == [56, 58, 60]
+    assert steps_of(run) == [44, 46, 48]
     raw = run.latest.cost["raw_bytes"]
     parameters = sum(tensor.numel() * 4 for tensor in model.parameters())
     assert raw > 3 * parameters
-    print(storage.most / raw)
     assert 3 < storage.most / raw <= 4.5

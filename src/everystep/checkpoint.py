@@ -342,7 +342,14 @@ def check_tag(name: str) -> None:
         UsageError: for a name that could not be told from a step, or that means something already.
     """
     check_text(name, "a tag", empty=True)
-    if not name or name.isdigit() or name == "latest" or name.startswith("best:") or "@" in name or not name.isprintable():
+    if (
+        not name
+        or name.isdigit()
+        or name == "latest"
+        or name.startswith("best:")
+        or "@" in name
+        or not name.isprintable()
+    ):
         raise UsageError(
             f"{name!r} cannot be a tag", do="use a word such as best_model_v1: not a number, not 'latest', no '@'"
         )

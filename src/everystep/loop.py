@@ -52,6 +52,15 @@ class Loop:
             raise StopIteration
         return value
 
+    @property
+    def rule(self) -> rules.AnyOf:
+        """When it saves."""
+        return self._rule
+
+    def extent(self) -> tuple[int | None, int | None]:
+        """Steps in all, and of an epoch, as far as they are known."""
+        return None, None
+
     def _next(self) -> Any:
         """Saves what is due of the step before, and answers what the next one works on, or _END."""
         raise NotImplementedError
@@ -134,6 +143,9 @@ class Steps(Loop):
         self._total = total
         super().__init__(run, rule, strict)
 
+    def extent(self) -> tuple[int | None, int | None]:
+        return self._total, None
+
     def __len__(self) -> int:
         if self._total is None:
             raise TypeError("a loop without an end has no length")
@@ -181,6 +193,10 @@ class Batches(Loop):
         self._done, self._consumed = where["epochs_done"], where["batch"]
         self._begun, self._kept = where["begun"], where["source"]
         self._run._say_inexact(self._source.compare(self._kept))
+
+    def extent(self) -> tuple[int | None, int | None]:
+        length = self._source.length
+        return (length * self._epochs if length is not None else None), length
 
     @property
     def epoch(self) -> int:

@@ -11,6 +11,7 @@ from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
 from everystep.config import RunConfig
 from everystep.environment import differences, find_place, fingerprint
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
+from everystep.forecast import outlook
 from everystep.keeping import Keeper
 from everystep.lineage import check_whole, chosen, find_origin, write_rewind
 from everystep.loop import Batches, Loop, Steps
@@ -76,6 +77,7 @@ class Run(PastRun):
         self._pid = place.seam.pid()
         self._left: str | None = None
         self._origin: Start | None = None
+        self._foretold = False
         self._forget_exit: Callable[[], None] = lambda: None
 
     # what belongs to the run ---------------------------------------------------------------------------------------
@@ -171,6 +173,11 @@ class Run(PastRun):
             writer.raise_failed()
         self._warn_of_new_line(writer, step)
         taken = snapshot(self._capture(step, state), writer.arena, self._vault.settings)
+        if not self._foretold:
+            self._foretold = True
+            said = outlook(self._vault, self._active, self._rules, taken.layout, self._quota_bytes)
+            if said is not None:
+                self._warn(said)
         own, extra = self._take_metrics(step, metrics)
         if self._new_config:
             extra.append(Config(dict(self._new_config)))
@@ -204,16 +211,9 @@ class Run(PastRun):
     def _take_metrics(self, step: int | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """Metrics of the step itself; and events for other steps: of checkpoints that are there, or of none."""
         own, rows = self._recorded.take(step, given)
-        late = self._commits_of(rows)
+        late = self._vault.log.history.on_line(rows)  # as far as this process has read it
         events: list[Any] = [Metrics(commit.event.id, rows.pop(at)) for at, commit in late.items()]
         return own, [*events, series(rows)] if rows else events
-
-    def _commits_of(self, rows: Collection[int]) -> dict[int, Committed]:
-        """The checkpoints of these steps on the current line, as far as this process has read the log."""
-        history = self._vault.log.history
-        if history.latest is None or not rows or min(rows) > history.latest.event.step:
-            return {}
-        return {commit.event.step: commit for commit in history.line() if commit.event.step in rows}
 
     def _by_id(self, id: str) -> Checkpoint:
         history = self._history()

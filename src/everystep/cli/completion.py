@@ -16,8 +16,8 @@ from everystep.cli.screen import Screen
 
 STEPS_OFFERED = 50
 VARIABLE = "_EVERYSTEP_COMPLETE"
-# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line. Bash will put
-# the answer in place of its end alone, which is $2, so what stands before that is taken off.
+# Bash cuts words at @ and at :, so RUN@best:METRIC comes in pieces: the whole word is taken from the line. The answer
+# takes the place of its end alone, which is $2, so what stands before that is taken off.
 _BASH = """
 _everystep_completion() {
     local IFS=$'\\n' line=${COMP_LINE:0:COMP_POINT} whole words
@@ -103,7 +103,8 @@ def _ask(context: typer.Context, question: Callable[[Repository], list[str]]) ->
     given: list[Any] = [around.params.get("repo") for around in (context, context.parent) if around is not None]
     try:
         repository = everystep.open(next((place for place in given if place), "."))
-        return question(repository) if repository.exists else []
+        found = question(repository) if repository.exists else []
+        return [word for word in found if word.isprintable()]  # others cannot be typed, and could move the cursor
     except Error:
         return []
 

@@ -8,7 +8,7 @@ import msgspec
 from blake3 import blake3
 
 from everystep.errors import UsageError
-from everystep.rehearsal.forecast import Planned
+from everystep.forecast import Planned
 from everystep.rehearsal.sight import Sight
 from everystep.seam import Seam
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from everystep.checkpoint import Checkpoint
 from everystep.errors import RehearsalFailed, UsageError
+from everystep.forecast import Planned, free_bytes
 from everystep.rehearsal.cue import About, Cue
-from everystep.rehearsal.forecast import Planned
 from everystep.rehearsal.resumes import untracked
 from everystep.rehearsal.stage import Stage, Take, Told
 from everystep.schema import Leaf
@@ -167,7 +167,7 @@ def _examined(take: Take, seam: Seam) -> Examination:
         step_seconds=about.step_seconds,
         planned=about.planned,
         disk_bytes=None,
-        free_bytes=_free(place, seam),
+        free_bytes=free_bytes(place, seam),
         environment=own[-1].environment,
         surroundings=about.surroundings,
         seconds=take.seconds,
@@ -205,19 +205,6 @@ def _sections(checkpoint: Checkpoint, about: About) -> list[Section]:
         for name, leaves in by_name.items()
     ]
     return sorted(found, key=lambda section: -section.nbytes)
-
-
-def _free(place: str, seam: Seam) -> int | None:
-    """Bytes that may be written at a place, as its next folder that exists says; None for what is no folder."""
-    if "://" in place:
-        return None
-    folder = place
-    while not seam.files.is_folder(folder) and folder not in ("", "/"):
-        folder = folder.rpartition("/")[0] or "/"
-    try:
-        return seam.files.free(folder)
-    except OSError:
-        return None
 
 
 def _disk(found: Examination, last: Checkpoint) -> int | None:

@@ -11,9 +11,9 @@ from weakref import WeakSet
 from everystep import rules
 from everystep.checkpoint import Checkpoint
 from everystep.errors import NotFound, UsageError
+from everystep.forecast import Planned, by_hand, foresee
 from everystep.loop import Batches, Loop, Steps
 from everystep.rehearsal.cue import VARIABLE, About, Cue, Note, Noted, Resumed, Warned, cue_of, note
-from everystep.rehearsal.forecast import Planned, by_hand, foresee
 from everystep.rehearsal.sight import in_sight, surroundings
 from everystep.run import Run
 from everystep.save import Saved, Writer
@@ -158,18 +158,11 @@ class RehearsedRun(Run):
         )
 
     def _planned(self, pace: float | None) -> Planned:
-        total, epoch = self._extent()
+        total, epoch = self._loop.extent() if self._loop is not None else (None, None)
         rule: rules.Rule = self._rule
         if self._cue.save_every is not None or not self._rule.rules:
             rule = by_hand(self._by_hand, self._cue.save_every)
         return foresee(rule, self._cue.total or total, epoch, pace, *self._rules)
-
-    def _extent(self) -> tuple[int | None, int | None]:
-        """Steps in all, and of an epoch, as the loop says."""
-        if isinstance(self._loop, Batches):
-            length = self._loop._source.length
-            return (length * self._loop._epochs if length is not None else None), length
-        return (self._loop._total if isinstance(self._loop, Steps) else None), None
 
 
 class _Watch(rules.Rule):

@@ -195,9 +195,7 @@ def decide_commit(history: History, term: Term, commit: Commit, extra: list[Any]
     return [*extra, commit]
 
 
-def abandon(
-    vault: RunVault, term: Term, draft: Draft, missing: list[int], author: str, *, again: bool = False
-) -> None:
+def abandon(vault: RunVault, term: Term, draft: Draft, missing: list[int], author: str, *, again: bool = False) -> None:
     """Says in the log that a save was given up, so that every rank stops waiting for it; `again`: writes it anew."""
 
     def decide(history: History) -> list[Any] | None:

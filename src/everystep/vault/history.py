@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -126,6 +126,12 @@ class History:
             found.append(self.commits[at])
             at = self._parent(at)
         return found[::-1]
+
+    def on_line(self, steps: Collection[int]) -> dict[int, Committed]:
+        """Step -> its checkpoint, of these steps on the current line."""
+        if self.latest is None or not steps or min(steps) > self.latest.event.step:
+            return {}
+        return {commit.event.step: commit for commit in self.line() if commit.event.step in steps}
 
     def continues(self, id: str) -> str | None:
         """The nearest live checkpoint that one continues from; None if there is none before it."""

@@ -8,8 +8,12 @@ from itertools import pairwise
 
 import msgspec
 
+from everystep.loop import Loop
 from everystep.rules import AnyOf, Every, Rule, every
+from everystep.schema import Layout
+from everystep.seam import Seam
 from everystep.upkeep import DROP, KEEP, Kept, plan
+from everystep.vault import RunVault
 
 SAVES_MAX = 200_000
 """A plan of more saves is counted, and not laid out."""
@@ -70,6 +74,53 @@ def by_hand(steps: Sequence[int], given: int | None) -> Rule:
     gaps = sorted(later - earlier for earlier, later in pairwise(steps) if later > earlier)
     span = given or (gaps[len(gaps) // 2] if gaps else None)
     return every(span) if span else AnyOf([])
+
+
+def free_bytes(place: str, seam: Seam) -> int | None:
+    """Bytes that may be written at a place, as its next folder that exists says; None for what is no folder."""
+    if "://" in place:
+        return None
+    folder = place
+    while not seam.files.is_folder(folder) and folder not in ("", "/"):
+        folder = folder.rpartition("/")[0] or "/"
+    try:
+        return seam.files.free(folder)
+    except OSError:
+        return None
+
+
+def outlook(
+    vault: RunVault, loop: Loop | None, keeping: Sequence[Rule | None], layout: Layout, quota: int | None
+) -> str | None:
+    """Before the first save of a run: what to say if what is planned may not find room. None if it surely does.
+
+    Args:
+        loop: that saves; None where it is done by hand, and one save is all that is known of.
+        keeping: the rules of keep and keep_full.
+        layout: of the state; not encoded yet, so this is the most that it takes.
+    """
+    limits = (free_bytes(vault.storage.url, vault.seam), quota)
+    room = min((limit for limit in limits if limit is not None), default=None)
+    if room is None or vault.log.history.latest is not None:
+        return None
+    total, epoch = loop.extent() if loop is not None else (None, None)
+    planned = foresee(loop.rule if loop is not None else AnyOf([]), total, epoch, None, *keeping)
+    whole = sum(stream.nbytes for stream in layout.streams)
+    lasting = sum(stream.nbytes for stream in layout.streams if stream.role != "optimizer")
+    kept = planned.kept if planned.kept is not None else planned.saves or 1
+    full = min(kept, planned.full if planned.full is not None else kept)
+    most = (full + 1) * whole + (kept - full) * lasting  # one more is there while it is written
+    if most <= room:
+        return None
+    what = f"{kept} checkpoints of {_size(whole)}" if kept > 1 else f"a checkpoint of {_size(whole)}"
+    return (
+        f"{what} take up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
+        "what `everystep doctor` measures; keep= and keep_full= hold less"
+    )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def _flat(rule: Rule) -> Iterable[Rule]:
