@@ -610,7 +610,8 @@ def test_a_quota_ends_the_time_of_undo_of_what_was_dropped_first() -> None:
 def test_the_warning_of_a_quota() -> None:
     store = Store()
     run = quota_run(store, 1000)
-    run.save(1, state=state_of(1)).wait()
+    with pytest.warns(EverystepWarning, match="there is room for 0.00 MB"):  # what it foresees
+        run.save(1, state=state_of(1)).wait()
     with pytest.warns(EverystepWarning) as caught:
         run.close()
     [text] = [str(one.message) for one in caught]

@@ -375,7 +375,11 @@ def test_rules_of_a_run_hold_after_every_save() -> None:
         for step in range(8, 23):
             run.save(step, state=state_of(step), metrics={"loss": 0.1 if step == 12 else 1.0}).wait()
             run._writer.wait()
-            expected = {12 if step >= 12 else 8, *(s for s in (10, 20) if s <= step), *range(max(8, step - 2), step + 1)}
+            expected = {
+                12 if step >= 12 else 8,
+                *(s for s in (10, 20) if s <= step),
+                *range(max(8, step - 2), step + 1),
+            }
             assert steps_of(run) == sorted(expected)
             assert [c.step for c in run.checkpoints() if not c.thin] == list(range(max(8, step - 1), step + 1))
     assert steps_of(run) == [10, 12, 20, 21, 22]
@@ -423,10 +427,8 @@ def test_a_rule_that_fails_in_the_background_is_told_and_the_save_stands() -> No
 
 def test_a_process_that_was_taken_over_drops_nothing() -> None:
     store = Store()
-    old = store.open().run("a", keep=last(1), quota_bytes=1).track(rng=False)
+    old = store.open().run("a", keep=last(1)).track(rng=False)
     old.save(1, state=state_of(1)).wait()
-    old._writer.wait()
-    old._writer.notices.clear()
     new = store.open().run("a").track(rng=False)
     new.resume()
     for step in (2, 3):

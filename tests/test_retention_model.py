@@ -283,6 +283,7 @@ class Walk:
         rest = self.store.copy().open()["a"].prune(now=True)
         assert (rest.nbytes, rest.held_bytes) == (freed.pending_bytes, freed.held_bytes - freed.pending_bytes)
         assert not (at_once and rest.packs)
+        assert self.model.returnable()[0] or not freed.pending_bytes, "its time is over, and it is held all the same"
         if freed.packs:
             self.check_loads(self.model.live)
         self.seen["freed"] += freed.packs

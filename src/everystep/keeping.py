@@ -15,6 +15,7 @@ from everystep.upkeep import (
     collect,
     drop_events,
     drops_most,
+    free_unneeded,
     kept_of,
     plan,
 )
@@ -112,7 +113,7 @@ class Keeper:
             ]
         self._asked = True
         if any(one.action in (DROP, THIN) for one in decided):
-            collect(self._vault, self._author, stamp=False)
+            free_unneeded(self._vault, self._author)
         return []
 
     def _too_many(self, decided: list[Decision]) -> bool:

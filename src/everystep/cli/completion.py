@@ -83,13 +83,10 @@ def checkpoints(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def metrics(context: typer.Context, incomplete: str) -> list[str]:
-    """METRIC, of the run that is typed already, or of all."""
-
-    def found(repository: Repository) -> list[str]:
-        name = context.params.get("run")
-        return [metric for run in ([name] if name else repository.runs()) for metric in repository[run].metric_names]
-
-    return sorted(set(_ask(context, found)))
+    """METRIC, of all runs: behind an option that waits for its value, the run is not known yet."""
+    return sorted(
+        set(_ask(context, lambda repository: [name for run in repository for name in repository[run].metric_names]))
+    )
 
 
 def tags(context: typer.Context, incomplete: str) -> list[str]:

@@ -51,7 +51,7 @@ def show(
         if norms:
             raise UsageError("--norms is about the leaves of a checkpoint", do=f"show {past.name}@latest --norms")
         about = _about_run(repository, past)
-        screen.give(about, lambda: _run(repository, about))
+        screen.give(about, lambda: _run(repository, about, screen.width))
         return
     document = _about_checkpoint(repository, past, checkpoint)
     every: list[dict[str, Any]] = document["leaves"]
@@ -134,7 +134,7 @@ def _section(title: str, lines: Sequence[Text]) -> Iterator[Text]:
         yield from lines
 
 
-def _run(repository: Repository, about: dict[str, Any]) -> Iterator[Text]:
+def _run(repository: Repository, about: dict[str, Any], width: int | None) -> Iterator[Text]:
     yield Text().append("run ", "dim").append(human.clean(about["run"]), "bold")
     latest = about["latest"]
     stored = f"{human.size(about['stored_bytes'])} stored of {human.size(about['raw_bytes'])}"
@@ -156,7 +156,7 @@ def _run(repository: Repository, about: dict[str, Any]) -> Iterator[Text]:
     config = [(human.clean(name), human.value(found)) for name, found in about["config"].items()]
     yield from _section("config", pairs(config, 2))
     yield from _section("notes", [Text("  ").append(human.clean(note)) for note in about["notes"]])
-    yield from _section("terms", list(_sessions(repository, about["sessions"])))
+    yield from _section("terms", list(_sessions(repository, about["sessions"], width)))
     if about["sessions"]:
         last = about["sessions"][-1]
         yield from _section(f"environment of term {last['term']}", _environment(last["environment"]))
@@ -167,8 +167,11 @@ def _origin(origin: dict[str, Any]) -> str:
     return f"{human.clean(origin['run'])}@{origin['step']} ({origin['id']}){only}"
 
 
-def _sessions(repository: Repository, sessions: Sequence[dict[str, Any]]) -> Iterator[Text]:
-    columns = [Column("term", right=True), Column("opened"), Column("process"), Column("from"), Column("ended")]
+def _sessions(repository: Repository, sessions: Sequence[dict[str, Any]], width: int | None) -> Iterator[Text]:
+    columns = [
+        Column("term", right=True), Column("opened"), Column("process", least=8), Column("from", least=8),
+        Column("ended", least=8),
+    ]  # fmt: skip
     rows = [
         [
             str(session["term"]),
@@ -182,7 +185,7 @@ def _sessions(repository: Repository, sessions: Sequence[dict[str, Any]]) -> Ite
         ]
         for session in sessions
     ]  # fmt: skip
-    table = lay_out(columns, rows, None)
+    table = lay_out(columns, rows, width - 2 if width is not None else None)
     for line in [table.head, *table.rows]:
         yield Text("  ").append_text(line)
 

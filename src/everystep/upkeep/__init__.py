@@ -1,6 +1,15 @@
 """Look after a repository: check it, drop and thin what rules do not keep, free what nothing needs."""
 
-from everystep.upkeep.collect import Freed, bring_back, can_return, check_readable, collect, drop_events, kept_of
+from everystep.upkeep.collect import (
+    Freed,
+    bring_back,
+    can_return,
+    check_readable,
+    collect,
+    drop_events,
+    free_unneeded,
+    kept_of,
+)
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
 from everystep.upkeep.repack import Repacked, repack
 from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
@@ -26,6 +35,7 @@ __all__ = [
     "collect",
     "drop_events",
     "drops_most",
+    "free_unneeded",
     "kept_of",
     "measure_run",
     "plan",

@@ -114,8 +114,28 @@ def collect(
     """
     if stamp and not at_once and _waiting(vault.history()):
         vault.log.append(lambda history: [Gc([])], author)
-    rewrites = rewrites or at_once or room_bytes > 0
     present = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    rewrites = rewrites or at_once or room_bytes > 0
+    freed, pending = _free(vault, author, present, at_once=at_once, room_bytes=room_bytes, rewrites=rewrites)
+    nbytes = _sum(present, freed)
+    return Freed(len(freed), nbytes, _sum(present, pending), sum(present.values()) - nbytes)
+
+
+def free_unneeded(vault: RunVault, author: str) -> None:
+    """Frees what nothing needs, right after something was dropped; asks for no sizes, as packs are many."""
+    _free(vault, author, dict.fromkeys(packs_of(vault), 0))
+
+
+def _free(
+    vault: RunVault,
+    author: str,
+    present: Mapping[PackName, int],
+    *,
+    at_once: bool = False,
+    room_bytes: int = 0,
+    rewrites: bool = False,
+) -> tuple[set[PackName], set[PackName]]:
+    """(what was freed, what is held only because it can be undone) of the packs that are there, with their sizes."""
     pending = set[PackName]()
 
     def decide(history: History) -> list[Any] | None:
@@ -134,8 +154,7 @@ def collect(
     dead = present.keys() & history.condemned
     for pack in sorted(dead):
         vault.storage.delete(pack_key(vault.folder, pack))
-    freed = _sum(present, dead)
-    return Freed(len(dead), freed, _sum(present, pending), sum(present.values()) - freed)
+    return dead, pending
 
 
 def _sum(sizes: Mapping[PackName, int], packs: Iterable[PackName]) -> int:
