@@ -474,6 +474,20 @@ def test_a_collection_reads_no_data_and_asks_once_for_each_pack() -> None:
         assert peak < 2000 * packs + 200_000, peak
 
 
+def test_what_a_save_frees_costs_the_same_however_much_is_kept() -> None:
+    store = Store(**WHOLE_PACKS)
+    counted = FaultyStorage(store.storage)
+    costs = []
+    with store.open(storage=counted).run("a", keep=everystep.every(2) | everystep.last(1)).track(rng=False) as run:
+        for step in range(1, 41):
+            counted.calls.clear()
+            run.save(step, state=state_of(step)).wait()
+            run._writer.wait()
+            costs.append(sorted(verb for verb, _ in counted.calls if verb != "delete"))
+    assert live(store.open()) == list(range(2, 41, 2))
+    assert costs[3] == costs[19] == costs[39] and "stat" not in costs[39], costs[39]
+
+
 # space -------------------------------------------------------------------------------------------------------------
 
 

@@ -89,6 +89,25 @@ def test_a_base_that_a_later_checkpoint_leans_on() -> None:
     assert set(store.packs()) == store.read_by()
 
 
+def test_a_base_behind_a_base_that_stays_where_it_is() -> None:
+    """The middle of a chain lies in a pack of which most is needed, its end in one of which little is."""
+    store = Store(**WIDE)
+    early, late = np.random.default_rng(4).standard_normal((2, 10_000))
+    state = {step: {**state_of(step), "late": late if step >= 6 else early} for step in range(1, 8)}
+    with store.open().run("a").track(rng=False) as run:
+        for step in range(1, 8):
+            run.save(step, state=state[step]).wait()
+    past = thin_out(store, [7])
+    view = past.at(7)._open().manifest.views[0]
+    chains = [[link.pack for link in view.spot(index).links()] for index in range(len(view.spots))]
+    longest = max(chains, key=len)
+    past.repack()
+    moved = [pack not in packs_of(past) for pack in longest]
+    assert len(longest) >= 4 and moved[:2] == [False, False] and any(moved[2:])
+    assert same(store.open()["a"].at(7).load(), state[7]) and store.open().check().ok
+    assert set(store.packs()) == store.read_by()
+
+
 def test_dropping_any_of_what_was_repacked_leaves_every_other_whole() -> None:
     made = store_of(8)
     thin_out(made, [3, 5, 6, 8]).repack()
@@ -102,7 +121,7 @@ def test_dropping_any_of_what_was_repacked_leaves_every_other_whole() -> None:
 
 
 def test_optimizer_state_stays_apart_so_that_thinning_frees_it() -> None:
-    store = store_of(6)
+    store = store_of(6, base_ratio=0.0)
     past = thin_out(store, [4, 5, 6])
     assert past.repack(dead=0.2).checkpoints == 3
     alone = packs_of(past, optimizer=True)
@@ -150,6 +169,7 @@ def test_thinned_then_dropped_then_moved_then_brought_back_twice() -> None:
     thin_out(store, [3, 6])
     thin_out(store, [3, 6], [6], undo_seconds=7 * DAY)
     past = thin_out(store, [6], undo_seconds=7 * DAY)
+    assert list(held(past._vault, past._history()).values()) == [False, False]
     assert past.repack().checkpoints == 2
     past.undo()
     assert past.at(3).thin and whole(past.at(3))

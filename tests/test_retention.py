@@ -184,6 +184,20 @@ def test_a_plan_that_is_only_looked_at_changes_nothing() -> None:
     ]
 
 
+def test_where_nothing_was_saved_nothing_is_written() -> None:
+    store = Store()
+    run = store.open().run("a", keep=last(1))
+    assert run.forget(last(1), force=True) == [] and run.dropped == []
+    assert run.prune() == everystep.Freed() and run.prune(now=True).packs == 0
+    with pytest.raises(NotFound):
+        run.undo()
+    assert store.storage.objects == {}
+    with store.open().run("b").track(rng=False) as other:
+        other.save(1, state=state_of(1)).wait()
+    before = set(store.storage.objects)
+    assert run.forget(last(1)) == [] and run.prune().packs == 0 and set(store.storage.objects) == before
+
+
 def test_more_than_half_is_asked_about() -> None:
     store = store_of(5)
     past = store.open()["a"]

@@ -55,7 +55,8 @@ def forget(
             )
         return None if dry_run else drop_events(decided, "forget", undo_seconds) or None
 
-    vault.log.append(decide, author)
+    if vault.place.exists:
+        vault.log.append(decide, author)
     return decided
 
 

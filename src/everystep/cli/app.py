@@ -66,7 +66,10 @@ def _misread(message: str, context: Any) -> UsageError:
     return UsageError(message.rstrip("."), do=f"{path} --help")
 
 
-app = typer.Typer(cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    cls=Verbs, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
 
 
 def _version(asked: bool) -> None:

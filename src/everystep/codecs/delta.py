@@ -10,7 +10,7 @@ at a third of the speed), zstd level 3 (a loss: short matches cost more than sin
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,9 +89,8 @@ def decode(stored: memoryview, base: Array, nbytes: int) -> Array:
         raise Damaged(f"a base of {base.nbytes} bytes for a chunk of {nbytes}", do="run fsck")
     form, rows = _read(stored, nbytes)
     words = join(rows, form.width)
-    if form.grouped:
-        words = _ungroup(words, base, form)
-    return _apply(words, base, form).view(np.uint8)
+    blocks = _ungrouped(words, base, form) if form.grouped else (words[part] for part in _blocks(words.size))
+    return _apply(blocks, base, form).view(np.uint8)
 
 
 # words and planes --------------------------------------------------------------------------------------------------
@@ -111,26 +110,34 @@ def residual(data: Array, base: Array, form: Form) -> Array:
     return out.view(WORDS[form.width])
 
 
-def _apply(words: Array, base: Array, form: Form) -> Array:
-    """The data that `residual` turned into these words."""
+def _apply(blocks: Iterable[Array], base: Array, form: Form) -> Array:
+    """The data that `residual` turned into these blocks of words."""
     signed, top = np.dtype(f"<i{form.width}"), 8 * form.width - 1
-    old, out = base.view(signed), np.empty(words.size, signed)
-    for part in _blocks(words.size):
-        w, b = words[part], old[part]
-        a = (w >> 1).view(signed) ^ -(w & 1).view(signed)
+    old = base.view(signed)
+    out = np.empty(old.size, signed)
+    spare = np.empty((2, min(_BLOCK, old.size)), signed)  # new memory for each step would cost more than the steps
+    for part, words in zip(_blocks(old.size), blocks):
+        new, flip = spare[:, : words.size]
+        np.right_shift(words, 1, out=new.view(words.dtype))
+        np.bitwise_and(words.view(signed), 1, out=flip)
+        np.bitwise_xor(new, np.negative(flip, out=flip), out=new)
         if form.signed_magnitude:
-            out[part] = _ordered(a + _ordered(b, top), top)
+            new += _ordered(old[part], top, flip)
+            _ordered(new, top, flip, out[part])
         else:
-            np.add(a, b, out=out[part])
+            np.add(new, old[part], out=out[part])
     return out
 
 
-def _ordered(words: Array, top: int) -> Array:
-    """Sign and magnitude to two's complement and back: the numbers' order becomes the integers'. Its own inverse."""
-    flip = words >> top
+def _ordered(words: Array, top: int, flip: Array | None = None, out: Array | None = None) -> Array:
+    """Sign and magnitude to two's complement and back: the numbers' order becomes the integers'. Its own inverse.
+
+    Args:
+        flip, out: memory to work in, and for the result; where it is worked in unless given.
+    """
+    flip = np.right_shift(words, top, out=flip)
     flip &= (1 << top) - 1
-    flip ^= words
-    return flip
+    return np.bitwise_xor(flip, words, out=flip if out is None else out)
 
 
 def exponents(base: Array, form: Form) -> Array:
@@ -158,17 +165,21 @@ def _group(words: Array, base: Array, form: Form) -> tuple[Array, list[int]]:
     return np.concatenate([within[start:end] for start, end in runs]), ends
 
 
-def _ungroup(words: Array, base: Array, form: Form) -> Array:
-    """The inverse of `_group`."""
-    parts = list(_orders(base, form))
-    within, at = np.empty_like(words), 0
-    for start, end in _runs([bound for _, _, bound in parts])[0]:
-        within[start:end] = words[at : at + end - start]
+def _ungrouped(words: Array, base: Array, form: Form) -> Iterator[Array]:
+    """The inverse of `_group`, block by block, each in the memory of the one before."""
+    orders, bounds = [], []
+    for _, order, bound in _orders(base, form):
+        orders.append(order.astype(np.uint16))  # a block's positions fit, in a quarter of the memory
+        bounds.append(bound)
+    within, out = np.empty((2, min(_BLOCK, words.size)), words.dtype)
+    runs, at = [list[tuple[int, int]]() for _ in orders], 0
+    for start, end in _runs(bounds)[0]:
+        runs[start // _BLOCK].append((at, at + end - start))
         at += end - start
-    out = np.empty_like(words)
-    for part, order, _ in parts:
-        out[part][order] = within[part]
-    return out
+    for order, pieces in zip(orders, runs):
+        np.concatenate([words[start:end] for start, end in pieces], out=within[: order.size])
+        out[order.astype(np.intp)] = within[: order.size]
+        yield out[: order.size]
 
 
 def _orders(base: Array, form: Form) -> Iterator[tuple[slice, Array, Array]]:

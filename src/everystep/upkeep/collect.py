@@ -112,6 +112,8 @@ def collect(
     Raises:
         Damaged: if part of the log cannot be read: it may need what nothing else needs.
     """
+    if not vault.place.exists:
+        return Freed()
     if stamp and not at_once and _waiting(vault.history()):
         vault.log.append(lambda history: [Gc([])], author)
     present = {pack: size_of(vault, pack) for pack in packs_of(vault)}
