@@ -117,24 +117,13 @@ _TABLE = _DRAWN.integers(0, 1 << 40, 800)
 
 
 def state_of(number: int) -> dict[str, Any]:
-    """Number by number a little further: weights of several chunks and types, an optimizer with chunks that the weights
-    have as well, a table that rarely moves, and one that never does."""
+    """Number by number a little further: weights of several chunks and types, an optimizer, a table that rarely moves,
+    and one that never does."""
     rate = np.float32(1e-4 * number)
     weights = _START + rate * _WAY
-    moments = weights * np.float32(1e-3)
     return {
-        "params": {
-            "w": weights,
-            "half": weights[:600].astype(np.float16),
-            "bias": weights[:7].astype(np.float64),
-            "echo": moments[:1024],
-        },
-        "opt_state": {
-            "m": moments,
-            "v": (weights * weights).astype(np.float64)[:1500],
-            "slow": weights[:2048],
-            "n": number,
-        },
+        "params": {"w": weights, "half": weights[:600].astype(np.float16), "bias": weights[:7].astype(np.float64)},
+        "opt_state": {"m": weights * 1e-3, "v": (weights * weights).astype(np.float64)[:1500], "count": number},
         "table": _TABLE + number // 5,
         "seen": np.arange(900) % 7 == number // 5 % 7,
         "frozen": _TABLE[:300].astype(np.uint16),

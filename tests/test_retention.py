@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _retention import DAY, Store, same, state_of, thinned, whole
@@ -298,6 +299,26 @@ def test_a_thinned_checkpoint() -> None:
     run = store.open().run("a").track(rng=False)
     assert run.resume() == 3
     run.close()
+
+
+def test_chunks_that_weights_and_optimizer_have_in_common_stay_for_the_weights() -> None:
+    """Stored once, in a pack of whichever came first, and neither belongs to the optimizer alone."""
+    store = Store()
+    noise = np.random.default_rng(2).standard_normal((6, 3, 2048)).astype(np.float32)
+    states = [
+        {"opt_state": {"a": a, "b": b}, "params": {"a": a, "b": np.concatenate([b, c])}, "optimizer": {"c": c}}
+        for a, b, c in noise
+    ]
+    with store.open().run("a").track(rng=False) as run:
+        for step, state in enumerate(states):
+            run.save(step, state=state).wait()
+    past = store.open()["a"]
+    past.forget(None, last(1), undo_seconds=0)
+    before = store.nbytes
+    assert 0 <= past.prune(now=True).nbytes < before
+    for step, state in enumerate(states):
+        assert same(past.at(step).load(only="params"), state["params"])
+    assert store.open().check().ok
 
 
 # back again --------------------------------------------------------------------------------------------------------
