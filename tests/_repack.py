@@ -12,7 +12,8 @@ import everystep
 from everystep import Checkpoint, PastRun
 from everystep.storage.faulty import FaultyStorage
 from everystep.vault import PackName
-from everystep.vault.names import pack_key
+from everystep.vault.names import pack_key, record_key
+from everystep.vault.record import unpack_record
 
 WIDE: dict[str, Any] = {"chunk_bytes_max": 1 << 14, "pack_bytes_max": 1 << 17}
 CHANGES = ("put", "put_new", "delete")
@@ -94,6 +95,12 @@ def packs_of(past: PastRun, *, optimizer: bool = False) -> set[PackName]:
         commit = history.commits[id]
         found |= commit.needs() - commit.needs(thin=True) if optimizer else commit.needs()
     return found
+
+
+def events_of(store: Store, since: int = 0) -> list[Any]:
+    """Of the records from a slot on."""
+    slots = range(since, store.open()["a"]._history().slots)
+    return [e for slot in slots for e in unpack_record(store.storage.get(record_key("runs/a/", slot)), slot, "").events]
 
 
 class Between(FaultyStorage):

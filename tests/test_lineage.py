@@ -355,3 +355,29 @@ def test_diff_reads_only_what_may_differ(tmp_path: Path) -> None:
     kinds = {leaf.path: leaf.kind for leaf in other.leaves if not leaf.path.startswith("rng/")}
     assert kinds == {"frozen": "same", "moving": "reshaped", "gone": "removed"}
     assert [(v.path, v.before, v.after) for v in other.config] == [("lr", 0.2, 0.3)]
+
+
+def test_an_explicit_state_is_spoken_of_by_its_own_paths(tmp_path: Path) -> None:
+    """Nobody who saved `state=` knows of the section that it lies in."""
+    model = nn.Linear(2, 3)
+    saved = {"model": {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}}
+    repo = everystep.open(str(tmp_path))
+    with repo.run("a") as run:
+        run.save(1, state=saved).wait()
+    past = repo["a"].at(1)
+    for attempt in (
+        lambda: past.load(only="modle"),
+        lambda: past.diff(past, only="modle"),
+        lambda: past.summarize(only="modle"),
+        lambda: past.export(str(tmp_path / "x.npz"), only="modle"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            attempt()
+        assert "'modle'" in caught.value.what and "nearest: model" in caught.value.do
+    other = nn.Linear(2, 3)
+    report = past.load(into={"model": other})
+    assert bits(other) == bits(model) and sorted(report.loaded) == ["model/bias", "model/weight"]
+    third = nn.Linear(2, 3)
+    with repo.run("b").track(model=third) as run:
+        run.start_from("a@1")
+    assert bits(third) == bits(model)

@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 from _ranks import QUICK, RANKS, whole_of
 from _ranks import state_of as rank_state
-from _repack import WIDE, Between, check, file_of, only, packs_of, state_of, store_of, thin_out, unnamed, whole
+from _repack import (
+    WIDE,
+    Between,
+    check,
+    events_of,
+    file_of,
+    only,
+    packs_of,
+    state_of,
+    store_of,
+    thin_out,
+    unnamed,
+    whole,
+)
 from _retention import DAY, Store, based, same
 from independent_reader import Run
 
@@ -91,8 +104,8 @@ def test_a_base_that_a_later_checkpoint_leans_on() -> None:
 
 def test_a_base_behind_a_base_that_stays_where_it_is() -> None:
     """The middle of a chain lies in a pack of which most is needed, its end in one of which little is."""
-    store = Store(**WIDE)
-    early, late = np.random.default_rng(4).standard_normal((2, 10_000))
+    store = Store(**{**WIDE, "pack_bytes_max": 1 << 19})
+    early, late = np.random.default_rng(4).standard_normal((2, 30_000))
     state = {step: {**state_of(step), "late": late if step >= 6 else early} for step in range(1, 8)}
     with store.open().run("a").track(rng=False) as run:
         for step in range(1, 8):
@@ -295,7 +308,7 @@ def test_a_chunk_that_is_not_what_was_saved_is_not_copied() -> None:
     for opened in (past, store.open()["a"]):
         with pytest.raises(Damaged):
             opened.repack()
-    assert not unnamed(store) and not any(isinstance(e, Rewrite) for e in _events(store, slots))
+    assert not unnamed(store) and not any(isinstance(e, Rewrite) for e in events_of(store, slots))
     store.storage.objects[key] = good
     assert past.repack().checkpoints == 3
     check(store, [4, 5, 6], attached=6)
@@ -346,12 +359,6 @@ def test_spots_that_lead_nowhere_are_damage() -> None:
     bases["base"] = 0
     with pytest.raises(Damaged, match="points to a pack or base"):
         needed_of(replace(view, bases=bases), thin=True)
-
-
-def _events(store: Store, since: int) -> list[Any]:
-    vault = store.open()["a"]._vault
-    slots = range(since, vault.history().slots)
-    return [e for slot in slots for e in unpack_record(store.storage.get(record_key("runs/a/", slot)), slot, "").events]
 
 
 # the fold ----------------------------------------------------------------------------------------------------------

@@ -301,12 +301,18 @@ def test_a_thinned_checkpoint() -> None:
     run.close()
 
 
-def test_chunks_that_weights_and_optimizer_have_in_common_stay_for_the_weights() -> None:
-    """Stored once, in a pack of whichever came first, and neither belongs to the optimizer alone."""
+@pytest.mark.parametrize("alike", ["equal", "the same"])
+def test_what_weights_and_optimizer_have_in_common_stays_for_the_weights(alike: str) -> None:
+    """Stored once, wherever it was met first, and it is not the optimizer's alone."""
     store = Store()
-    noise = np.random.default_rng(2).standard_normal((6, 3, 2048)).astype(np.float32)
+    noise = np.random.default_rng(2).standard_normal((4, 3, 2048)).astype(np.float32)
+    twin = np.copy if alike == "equal" else np.asarray
     states = [
-        {"opt_state": {"a": a, "b": b}, "params": {"a": a, "b": np.concatenate([b, c])}, "optimizer": {"c": c}}
+        {
+            "opt_state": {"slow": a, "m": b},
+            "params": {"a": twin(a), "b": np.concatenate([b, c]), "c": c},
+            "optimizer": {"last": twin(c), "v": b * 2},
+        }
         for a, b, c in noise
     ]
     with store.open().run("a").track(rng=False) as run:
@@ -314,10 +320,9 @@ def test_chunks_that_weights_and_optimizer_have_in_common_stay_for_the_weights()
             run.save(step, state=state).wait()
     past = store.open()["a"]
     past.forget(None, last(1), undo_seconds=0)
-    before = store.nbytes
-    assert 0 <= past.prune(now=True).nbytes < before
+    assert past.prune().packs > 0
     for step, state in enumerate(states):
-        assert same(past.at(step).load(only="params"), state["params"])
+        assert same(past.at(step).load(), state if step == 3 else {"params": state["params"]})
     assert store.open().check().ok
 
 

@@ -142,7 +142,8 @@ class Checkpoint:
             if only is not None:
                 raise UsageError("only= and into= say the same thing twice", do="leave only= out")
             where = f"{self._vault.name}@{self.step}"
-            return place_tracked(opened, into, strict=strict, whole=False, where=where, progress=progress)
+            base = self._base(opened)
+            return place_tracked(opened, into, strict=strict, whole=False, where=where, base=base, progress=progress)
         base = self._base(opened)
         if only is None:
             return self._load_all(opened, base, like, types, progress)
@@ -311,9 +312,7 @@ class Checkpoint:
 
     def _base(self, opened: Opened) -> str:
         """A checkpoint of an explicit state alone is that state; one of tracked objects is a dict of them."""
-        return (
-            STATE if not [name for name in opened.names() if name not in RESERVED] and STATE in opened.names() else ""
-        )
+        return STATE if opened.sections() == [STATE] else ""
 
     def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
         if base:

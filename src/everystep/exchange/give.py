@@ -13,9 +13,8 @@ from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import Conflict, Unsupported, UsageError
 from everystep.formats import FORMATS, Written, safetensors
 from everystep.formats.file import Target, made
-from everystep.restore import Opened
+from everystep.restore import SECTIONS_OF_OURS, Opened
 from everystep.restore.fetch import Progress
-from everystep.restore.place import SECTIONS_OF_OURS
 from everystep.schema import Leaf, flatten, paths_of, select, unflatten
 from everystep.seam import REAL, Seam
 
@@ -87,7 +86,7 @@ def _metadata(step: int | None, metrics: Mapping[str, Any] | None) -> dict[str, 
 
 def _of_opened(opened: Opened, only: str | None, progress: Progress | None) -> Any:
     """What a load gives: of a checkpoint that holds an explicit state alone, that state and the paths in it."""
-    base = STATE if [name for name in opened.names() if name not in SECTIONS_OF_OURS] == [STATE] else ""
+    base = STATE if opened.sections() == [STATE] else ""
     if only is None:
         state = opened.build(base, progress=progress)
         if not base:

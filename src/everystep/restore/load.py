@@ -13,7 +13,7 @@ import numpy as np
 
 from everystep import adapters
 from everystep.adapters import numpy as numpy_adapter
-from everystep.errors import CheckpointRetired, Damaged, ObjectMissing, UsageError
+from everystep.errors import CheckpointRetired, Damaged, NotFound, ObjectMissing, UsageError
 from everystep.restore.fetch import Progress, fetch_leaves
 from everystep.schema import Composite, Leaf, Region, Tree, paths_of, select, unflatten, without
 from everystep.seam import Pool
@@ -23,6 +23,8 @@ from everystep.vault.record import Attach
 T = TypeVar("T")
 LIKES = ("numpy", "torch", "saved")
 OPTIMIZER = "optimizer"
+STATE = "state"
+SECTIONS_OF_OURS = ("rng", "loop")
 
 
 class Opened:
@@ -46,10 +48,13 @@ class Opened:
             return None
         return Opened(self._vault, self._commit, self.manifest, thin=self.thin, rank=rank)
 
-    def names(self) -> list[str]:
-        """The top-level names of the state, as far as it is still there."""
-        tree = without(self.tree, "", _is_optimizer, ("", "state")) if self.thin else self.tree
-        return [path for path, _, _ in paths_of(tree) if path and "/" not in path] if tree is not None else []
+    def names(self, base: str = "") -> list[str]:
+        """The names of the state's sections, or of those below a path, as far as they are still there."""
+        tree = without(self.tree, "", _is_optimizer, ("", STATE)) if self.thin else self.tree
+        above = f"{base}/" if base else ""
+        paths = [path for path, _, _ in paths_of(tree)] if tree is not None else []
+        below = [path.removeprefix(above) for path in paths if path.startswith(above)]
+        return [path for path in below if path and "/" not in path]
 
     def build(
         self,
@@ -140,13 +145,31 @@ class Opened:
                     progress(nbytes)
         return total
 
+    def sections(self) -> list[str]:
+        """The names of what was tracked and given, without those that the run adds itself."""
+        return [name for name in self.names() if name not in SECTIONS_OF_OURS]
+
+    def _select(self, path: str) -> Tree:
+        """The part of the first rank's tree.
+
+        Raises:
+            NotFound: naming the nearest paths; in an explicit state as its user calls them, who gave it no name.
+        """
+        try:
+            return select(self.tree, path)
+        except NotFound as error:
+            if not path.startswith(f"{STATE}/") or self.sections() != [STATE]:
+                raise
+            asked = path.removeprefix(f"{STATE}/")
+            raise NotFound(f"no path {asked!r} in this checkpoint", do=error.do.replace(f" {STATE}/", " ")) from error
+
     def _trees(self, path: str) -> list[Tree]:
         """The part under a path, of every rank that has one, as far as it is still there."""
         having = [view.tree for view in self.manifest.views if any(name == path for name, _, _ in paths_of(view.tree))]
-        trees = [select(tree, path) for tree in having] or [select(self.tree, path)]
+        trees = [select(tree, path) for tree in having] or [self._select(path)]
         if not self.thin:
             return trees
-        kept = [without(tree, path, _is_optimizer, ("", "state")) for tree in trees]
+        kept = [without(tree, path, _is_optimizer, ("", STATE)) for tree in trees]
         found = [tree for tree in kept if tree is not None]
         if not found:
             raise CheckpointRetired(

@@ -8,10 +8,8 @@ from typing import Any
 from everystep import adapters
 from everystep.errors import Mismatch
 from everystep.restore.fetch import Progress
-from everystep.restore.load import Opened
+from everystep.restore.load import SECTIONS_OF_OURS, Opened
 from everystep.schema import LoadReport, join
-
-SECTIONS_OF_OURS = ("rng", "loop")
 
 
 def place_tracked(
@@ -21,11 +19,13 @@ def place_tracked(
     strict: bool,
     whole: bool,
     where: str,
+    base: str = "",
     progress: Progress | None = None,
 ) -> LoadReport:
     """Fills the tracked objects from the checkpoint's sections of the same names.
 
     Args:
+        base: the path below which the sections are.
         strict: anything missing, unexpected or of another shape is an error, and then nothing is changed.
         whole: sections of the checkpoint that nobody asked for are unexpected, too.
 
@@ -33,7 +33,7 @@ def place_tracked(
         Mismatch: with the report's text.
     """
     report = LoadReport()
-    names = [name for name in opened.names() if name not in SECTIONS_OF_OURS]
+    names = [name for name in opened.names(base) if base or name not in SECTIONS_OF_OURS]
     report.missing += [join("", name) for name in tracked if join("", name) not in names]
     if whole:
         report.unexpected += [name for name in names if name not in {join("", key) for key in tracked}]
@@ -41,7 +41,7 @@ def place_tracked(
     for name, target in tracked.items():
         path = join("", name)
         if path in names:
-            state = opened.build(path, like="saved", progress=progress)
+            state = opened.build(f"{base}/{path}" if base else path, like="saved", progress=progress)
             places.append(adapters.apply(target, state, path, tracked, report))
     if strict and not report.complete:
         raise Mismatch(

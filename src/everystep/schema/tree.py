@@ -239,6 +239,8 @@ class _Flattener:
         if found.identity is not None:
             first = self.known.setdefault(found.identity, index)
             if first != index:
+                if self.leaves[first].role == "optimizer" != role:  # what is also a weight is not the optimizer's alone
+                    self.leaves[first] = msgspec.structs.replace(self.leaves[first], role=role)
                 return first
         self.leaves.append(Leaf(path, found.dtype, found.shape, role, found.kind, found.boxes))
         self.payloads.append(found.payload)
