@@ -202,8 +202,7 @@ class ZipNN:
         return len(self._make(**options, delta_compressed_type="byte").compress(data, delta_second_data=base))
 
 
-# Ways that take one role's arrays. What keeps whole files (restic, borg) cannot tell roles apart: it belongs in a table
-# of whole checkpoints, with files on disk.
+# Ways that take one role's arrays. What keeps whole files (restic, borg) cannot tell roles apart: benchmarks.whole.
 WAYS: dict[str, Callable[[], Way]] = {
     "zstd": lambda: zstd_alone,
     "xor": lambda: xor_planes,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from _retention import Store, same, thinned
+from _retention import DAY, Store, same, thinned
 
 import everystep
-from everystep import Checkpoint, PastRun
+from everystep import Checkpoint, PastRun, StorageError
 from everystep.storage.faulty import FaultyStorage
 from everystep.vault import PackName
 from everystep.vault.names import pack_key, record_key
@@ -17,6 +17,8 @@ from everystep.vault.record import unpack_record
 
 WIDE: dict[str, Any] = {"chunk_bytes_max": 1 << 14, "pack_bytes_max": 1 << 17}
 CHANGES = ("put", "put_new", "delete")
+EVERY = (*CHANGES, "get", "list", "stat")
+STEPS = [3, 5, 6]
 _FROZEN = np.random.default_rng(1).standard_normal(6000)
 _SLOW = np.random.default_rng(2).standard_normal(4000).astype(np.float32)
 _WAY = np.random.default_rng(3).standard_normal(4000).astype(np.float32)
@@ -80,6 +82,14 @@ def check(store: Store, steps: Iterable[int], attached: int | None = None) -> No
     assert repo.check().ok
 
 
+def made_of() -> Store:
+    """STEPS in packs that are mostly dead; step 1 can be brought back, step 3 is thin."""
+    store = store_of(6)
+    thin_out(store, [1, *STEPS], [1, 5, 6])
+    thin_out(store, STEPS, undo_seconds=7 * DAY)
+    return store
+
+
 def unnamed(store: Store) -> set[str]:
     """Packs of a repack that no record names."""
     history = store.open()["a"]._history()
@@ -101,6 +111,26 @@ def events_of(store: Store, since: int = 0) -> list[Any]:
     """Of the records from a slot on."""
     slots = range(since, store.open()["a"]._history().slots)
     return [e for slot in slots for e in unpack_record(store.storage.get(record_key("runs/a/", slot)), slot, "").events]
+
+
+class AtRewrite(FaultyStorage):
+    """Does something right before the record of a repack is created; or dies there, or right behind it."""
+
+    def __init__(self, inner: Any, what: Callable[[], None] | None = None, *, dies: str = "") -> None:
+        super().__init__(inner, error=lambda: StorageError("no", where="here"), for_ever=True, verbs=CHANGES)
+        self._what, self._dies = what, dies
+
+    def put_new(self, key: str, data: bytes) -> None:
+        if b'"type":"rewrite"' not in bytes(data):
+            return super().put_new(key, data)
+        what, self._what = self._what, None
+        if what is not None:
+            what()
+        if self._dies == "before":
+            self.fail_at = len(self.calls)
+        super().put_new(key, data)
+        if self._dies == "behind":
+            self.fail_at = len(self.calls)
 
 
 class Between(FaultyStorage):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from _seams import QuickSeam
 
-from everystep import Checkpoint, Repository, Settings
+from everystep import Checkpoint, Repository, Rule, Settings, when
 from everystep.seam import Files
 from everystep.storage import LocalStorage, MemoryStorage
 from everystep.storage.faulty import FaultyStorage
@@ -19,6 +19,10 @@ DAY = 86400.0
 YEAR = 365 * DAY
 SMALL: dict[str, Any] = {"chunk_bytes_max": 4096, "small_leaf_bytes": 1024, "pack_bytes_max": 8192}
 """Several chunks and several packs for a state of 50 kB."""
+
+WHOLE_PACKS: dict[str, Any] = {"chunk_bytes_max": 1 << 16, "pack_bytes_max": 1 << 20}
+ALONE: dict[str, Any] = {**WHOLE_PACKS, "base_ratio": 0.0}
+"""Each checkpoint has bytes of its own; only what stood still is shared."""
 
 
 class Clock:
@@ -164,3 +168,33 @@ def based(checkpoints: Iterable[Checkpoint]) -> Iterator[int]:
     for checkpoint in checkpoints:
         for view in checkpoint._open().manifest.views:
             yield from (int(depth) for depth in view.spots["depth"])
+
+
+def store_of(count: int, keep: Rule | None = None, **settings: Any) -> Store:
+    """In memory: a closed run "a" of steps 1 … `count`; step n holds state n."""
+    store = Store(**settings)
+    with store.open().run("a", keep=keep).track(rng=False) as run:
+        for step in range(1, count + 1):
+            run.save(step, state=state_of(step), metrics={"loss": 1 / step}).wait()
+    return store
+
+
+def only(*steps: int) -> Rule:
+    return when(lambda kept: kept.step in steps)
+
+
+def but(*steps: int) -> Rule:
+    return when(lambda kept: kept.step not in steps)
+
+
+def live(repo: Repository) -> list[int]:
+    return [checkpoint.step for checkpoint in repo["a"].checkpoints(all=True)]
+
+
+def check(repo: Repository, steps: Iterable[int] | None = None) -> None:
+    """All that is live is whole, and it is these steps."""
+    found = repo["a"].checkpoints(all=True)
+    for checkpoint in found:
+        assert whole(checkpoint, checkpoint.step)
+    if steps is not None:
+        assert [checkpoint.step for checkpoint in found] == list(steps)

@@ -41,7 +41,7 @@ run.close()                                          # waits until all is durabl
 """
 
 BY_HAND = """
-step = run.resume()                                  # newest durable checkpoint into what is tracked; its step, 0 if none
+step = run.resume()                                  # newest durable checkpoint into what is tracked; its step or 0
 assert step == 10_000
 step += 1; train_step()
 saved = run.save(step, metrics={"val_loss": v})      # returns at once; saved.wait() gives the durable Checkpoint
@@ -53,7 +53,7 @@ run.close()
 
 TO_READ = """
 import everystep
-past = everystep.open("runs")["resnet"]              # to read: never takes the run over; unknown name: NotFound with near names
+past = everystep.open("runs")["resnet"]              # to read: never takes the run over
 steps = [c.step for c in past.checkpoints()]
 past.latest;  past.best("val_loss", mode="min");  past.checkpoints();  past.query("val_loss < 0.6 and step > 500")
 past.best("val_loss").tag("best_model_v1")

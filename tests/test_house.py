@@ -39,7 +39,8 @@ PLAN: dict[str, set[str]] = {
     "restore": GROUND | {"adapters", "vault"},
     "upkeep": GROUND | {"vault"},
     "exchange": GROUND | {"formats", "restore", "adapters"},
-    "the door": GROUND | {"adapters", "storage", "catalog", "analysis", "vault", "save", "restore", "upkeep", "exchange"},
+    "the door": GROUND
+    | {"adapters", "storage", "catalog", "analysis", "vault", "save", "restore", "upkeep", "exchange"},
     "cli": {"the door"},
 }
 GUESTS = {"cli", "integrations", "web"}

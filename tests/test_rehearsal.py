@@ -16,8 +16,8 @@ from _cli import process
 
 import everystep
 from everystep import rules
-from everystep.rehearsal.cue import VARIABLE
 from everystep.forecast import by_hand, foresee
+from everystep.rehearsal.cue import VARIABLE
 from everystep.rehearsal.sight import in_sight
 
 OBJECTS = """

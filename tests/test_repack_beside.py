@@ -1,9 +1,7 @@
-"""Repack beside saves, readers, collections and other repacks, and with a crash at every operation."""
+"""Repack with a crash at every operation, and beside collections, other repacks and droppings."""
 
 from __future__ import annotations
 
-import itertools
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,54 +10,39 @@ import numpy as np
 import pytest
 from _repack import (
     CHANGES,
+    EVERY,
+    STEPS,
     WIDE,
+    AtRewrite,
     Between,
     check,
     events_of,
     file_of,
+    made_of,
     only,
     state_of,
-    store_of,
     thin_out,
     unnamed,
-    whole,
 )
-from _retention import DAY, Store, same
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from test_retention_model import Walk
+from _retention import Store
 
 import everystep
-from everystep import Conflict, Repository, Settings
-from everystep.errors import CheckpointRetired, StorageError, StorageFull, UnknownOutcome
-from everystep.seam import Seam
-from everystep.storage import MemoryStorage
+from everystep import Conflict
+from everystep.errors import StorageError, StorageFull, UnknownOutcome
 from everystep.storage.faulty import FaultyStorage
 from everystep.upkeep import collect
-from everystep.vault import Place
+from everystep.upkeep.repack import Mover, _move
 from everystep.vault.record import Rewrite
 
-STEPS = [3, 5, 6]
-EVERY = ("get", "put", "put_new", "list", "delete", "stat")
 
-
-def made_of(count: int = 6) -> Store:
-    """Packs that are mostly dead; step 1 can be brought back, step 3 is thin."""
-    store = store_of(count)
-    thin_out(store, [1, *STEPS], [1, 5, 6])
-    thin_out(store, STEPS, undo_seconds=7 * DAY)
-    return store
-
-
-def verify(store: Store, rest: int, attached: int = 6) -> None:
+def verify(store: Store, rest: int) -> None:
     """Whatever a repack came to: all is there, a later prune and repack leave nothing over, and undo works."""
-    check(store, STEPS, attached=attached)
+    check(store, STEPS, attached=6)
     past = store.open()["a"]
-    freed = past.prune()
-    assert freed.held_bytes == store.nbytes and not unnamed(store)
+    assert past.prune().held_bytes == store.nbytes and not unnamed(store)
     assert past.repack().held_bytes == store.nbytes <= rest * 1.02
     assert [checkpoint.step for checkpoint in past.undo()] == [1]
-    check(store, [1, *STEPS], attached=attached)
+    check(store, [1, *STEPS], attached=6)
     assert set(store.packs()) == store.read_by()
 
 
@@ -137,11 +120,8 @@ def test_what_a_dead_repack_left_is_freed_by_whoever_means_to(who: str) -> None:
         for step in range(1, 6):
             run.save(step, state=state_of(step)).wait()
             run._writer.wait()
-        dead = FaultyStorage(
-            store.storage, 0, lambda: StorageError("no", where="here"), for_ever=True, verbs=("put_new",)
-        )
         with pytest.raises(StorageError):
-            store.open(storage=dead)["a"].repack()
+            store.open(storage=AtRewrite(store.storage, dies="before"))["a"].repack()
         left = unnamed(store)
         assert left
         for step in (6, 7):
@@ -222,11 +202,12 @@ def test_who_is_faster_and_dies_is_not_undone() -> None:
     store = made_of()
 
     def move_and_die() -> None:
-        dies = FaultyStorage(store.storage, 1, lambda: StorageError("no", where=""), for_ever=True, verbs=("put_new",))
-        with pytest.raises(StorageError):
-            store.open(storage=dies)["a"].repack()
+        """It began before, and so did not take what this one has written."""
+        vault = store.open()["a"]._vault
+        assert _move(vault, "another", Mover(vault), 0.5, None)[1] == 4
+        assert unnamed(store)
 
-    moved = store.open(storage=Between(store.storage, 0, move_and_die, ("put_new",)))["a"].repack()
+    moved = store.open(storage=AtRewrite(store.storage, move_and_die))["a"].repack()
     assert moved.checkpoints == 0 and moved.written_bytes > 0 and moved.held_bytes == store.nbytes
     assert sum(isinstance(event, Rewrite) for event in events_of(store)) == 1
     verify(store, store.nbytes)
@@ -242,7 +223,7 @@ def test_what_was_dropped_meanwhile_is_left_out_without_a_new_beginning() -> Non
         collect(past._vault, "a process that saves")
         assert unnamed(store)
 
-    moved = store.open(storage=Between(puts, 0, drop, ("put_new",)))["a"].repack()
+    moved = store.open(storage=AtRewrite(puts, drop))["a"].repack()
     assert moved.checkpoints == 3 and len({key.rsplit("/", 2)[1] for _, key in puts.calls}) == 1
     check(store, [5, 6], attached=6)
     store.open()["a"].prune(now=True)
@@ -321,249 +302,3 @@ def test_others_that_free_again_and_again() -> None:
     assert "when no other repack or prune" in caught.value.do
     assert not unnamed(store)
     check(store, STEPS, attached=6)
-
-
-# a process that saves ----------------------------------------------------------------------------------------------
-
-
-def test_a_save_in_between() -> None:
-    """The writer refers to what is being moved, and has rules of its own; at any operation, before or after."""
-    number, fired = 0, True
-    seen: Counter[str] = Counter()
-    while fired:
-        store = Store(**WIDE)
-        with store.open().run("a", keep=everystep.last(4)).track(rng=False) as run:
-            for step in range(1, 8):
-                run.save(step, state=state_of(step)).wait()
-                run._writer.wait()
-
-            def save(run: everystep.Run = run) -> None:
-                run.save(8, state=state_of(8)).wait()
-                run._writer.wait()
-
-            between = Between(store.storage, number, save, EVERY)
-            moved = store.open(storage=between)["a"].repack()
-            seen["moved" if moved.checkpoints else "not moved"] += 1
-            fired = between.fired
-            check(store, [5, 6, 7, 8] if fired else [4, 5, 6, 7])
-            run.save(9, state=state_of(9)).wait()
-            run.save(10, state=state_of(10)).wait()
-        check(store, [7, 8, 9, 10] if fired else [6, 7, 9, 10])
-        store.open()["a"].repack()
-        check(store, [7, 8, 9, 10] if fired else [6, 7, 9, 10])
-        assert set(store.packs()) == store.read_by()
-        number += 7
-    assert seen["moved"] > 10, seen
-
-
-def test_a_save_after_it_stores_what_stood_still_only_once() -> None:
-    """Its references were to packs that are gone; it is written again with those that its parent has now."""
-    store = Store(**WIDE, base_ratio=0.0)
-    with store.open().run("a").track(rng=False) as run:
-        for step in range(1, 6):
-            run.save(step, state=state_of(step)).wait()
-        usual = run.at(5).cost["stored_bytes"]
-        assert usual < run.at(1).cost["stored_bytes"] - 40_000
-        beside = thin_out(store, [5])
-        assert beside.repack().checkpoints == 1
-        run.save(6, state=state_of(6)).wait()
-        assert abs(run.at(6).cost["stored_bytes"] - usual) < 6000
-        run.save(7, state=state_of(7)).wait()
-        assert abs(run.at(7).cost["stored_bytes"] - usual) < 6000
-    check(store, [5, 6, 7])
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_what_a_save_finds_anew_may_be_freed_once_more(times: int) -> None:
-    """Between its second attempt and the record, too, somebody may repack: then it leans on nothing."""
-    store = Store(**{**WIDE, "pack_bytes_max": 1 << 18}, base_ratio=0.0)
-
-    def state(step: int) -> dict[str, Any]:
-        early = np.random.default_rng(min(step, 5) // 5).standard_normal(5000)
-        return {"params": state_of(step)["params"], "frozen": state_of(1)["frozen"], "early": early}
-
-    with store.open().run("a").track(rng=False) as first:
-        for step in range(1, 6):
-            first.save(step, state=state(step)).wait()
-    left, moved = [[4, 5], [5]][:times], []
-
-    class Disturbed(FaultyStorage):
-        """Before a commit is created, another process drops a checkpoint and empties its packs."""
-
-        def put_new(self, key: str, data: bytes) -> None:
-            if b'"type":"commit"' in bytes(data) and left:
-                moved.append(thin_out(store, left.pop(0)).repack(dead=0).checkpoints)
-            super().put_new(key, data)
-
-    traced = Disturbed(store.storage, verbs=("put",))
-    with store.open(storage=traced).run("a").track(rng=False) as run:
-        assert run.resume() == 5
-        run.save(6, state=state(6)).wait()
-        assert run.at(6).parent == run.at(5).id
-    attempts = sum(1 for verb, _ in traced.calls)
-    assert moved == [2, 1][:times] and attempts >= 2 * (times + 1)
-    found = store.open()["a"].checkpoints()
-    assert [c.step for c in found] == ([4, 5, 6] if times == 1 else [5, 6])
-    assert all(same(c.load(), state(c.step)) for c in found) and store.open().check().ok
-
-
-class Real(Seam):
-    """Real threads and clock; asks no other program."""
-
-    def ask(self, *command: str, seconds: float = 3.0) -> str | None:
-        return None
-
-
-def test_beside_threads_that_save_drop_and_read() -> None:
-    storage, over = MemoryStorage(), threading.Event()
-    errors: list[BaseException] = []
-    seen: Counter[str] = Counter()
-
-    def opened() -> Repository:
-        return Repository(Place(storage, Real(), Settings(**WIDE)))
-
-    def guarded(work: Callable[[], Any]) -> None:
-        try:
-            while not over.is_set():
-                work()
-        except BaseException as error:  # noqa: BLE001  the test raises it
-            errors.append(error)
-            over.set()
-
-    with opened().run("a").track(rng=False) as run:
-        run.save(1, state=state_of(1)).wait()
-        own, other, reading = run, opened()["a"], opened()["a"]
-        steps = itertools.cycle(range(5))
-
-        def drop() -> None:
-            rest = next(steps)
-            keep = everystep.last(4) | everystep.when(lambda kept: kept.step % 5 == rest)
-            other.forget(keep, force=True, undo_seconds=0.0)
-            other.prune()
-
-        def repack() -> None:
-            try:
-                seen["moved"] += opened()["a"].repack().checkpoints
-            except Conflict:
-                seen["given up"] += 1
-
-        def read() -> None:
-            for checkpoint in reading.checkpoints(all=True):
-                try:
-                    assert whole(checkpoint)
-                    seen["read"] += 1
-                except CheckpointRetired:
-                    seen["retired"] += 1
-
-        def repack_here() -> None:
-            """In the very process that saves."""
-            try:
-                own.repack()
-            except Conflict:
-                seen["given up"] += 1
-
-        threads = [threading.Thread(target=guarded, args=(work,)) for work in (drop, repack, read, repack_here)]
-        for thread in threads:
-            thread.start()
-        try:
-            for step in range(2, 60):
-                run.save(step, state=state_of(step)).wait()
-        finally:
-            over.set()
-            for thread in threads:
-                thread.join(100)
-                assert not thread.is_alive()
-    if errors:
-        raise errors[0]
-    assert seen["moved"] > 3 and seen["read"] > 20, seen
-    assert opened().check().ok
-    assert all(whole(checkpoint) for checkpoint in opened()["a"].checkpoints(all=True))
-
-
-# readers -----------------------------------------------------------------------------------------------------------
-
-
-def test_who_has_a_checkpoint_open_goes_on() -> None:
-    store = made_of()
-    past = store.open()["a"]
-    before = {c.step: c for c in past.checkpoints()}
-    opened = {c.step: c for c in past.checkpoints() if c.leaves()}
-    one = opened[6]._open().of_rank(0)
-    notes = past._history().attachments["notes.txt"]
-    beside = store.open()["a"]
-    assert beside.repack(dead=0).checkpoints == 4
-    for held in (before, opened):
-        for step in STEPS:
-            assert whole(held[step], thin=step == 3)
-            assert held[step].verify() > 0 and same(held[step].load(only="frozen"), state_of(step)["frozen"])
-    assert one is not None and same(one.build("state"), state_of(6))
-    assert opened[5].diff(opened[6], only="frozen").same
-    assert everystep.restore.read_attachment(past._vault, notes) == file_of(6)
-
-
-def test_a_read_that_a_repack_overtakes_anywhere() -> None:
-    made = made_of()
-    number, fired = 0, True
-    while fired:
-        store = made.copy()
-        between = Between(store.storage, number, lambda store=store: move(store), ("get",))
-        repo = store.open(storage=between)
-        assert whole(repo["a"].at(6)) and whole(repo["a"].at(3))
-        assert repo["a"].attachment("notes.txt") == file_of(6)
-        assert repo.check().ok
-        assert repo["a"].stats().checkpoints == 3
-        fired = between.fired
-        number += 2
-    assert number > 30
-
-
-def move(store: Store) -> None:
-    assert store.open()["a"].repack(dead=0).checkpoints == 4
-
-
-def test_a_reader_of_what_was_moved_twice_and_then_dropped() -> None:
-    store = made_of()
-    held = [store.open()["a"].at(5) for _ in range(2)]
-    assert held[0].leaves()
-    assert store.open()["a"].repack().checkpoints
-    thin_out(store, [5, 6])
-    store.open()["a"].prune(now=True)
-    store.open()["a"].repack(dead=0)
-    assert all(whole(checkpoint) for checkpoint in held)
-    thin_out(store, [5, 6], [6])
-    with pytest.raises(CheckpointRetired, match="step 5 has been thinned"):
-        held[0].load()
-    thin_out(store, [6])
-    for checkpoint in held:
-        with pytest.raises(CheckpointRetired, match="step 5 has been dropped"):
-            checkpoint.load()
-
-
-# random walks ------------------------------------------------------------------------------------------------------
-
-
-def test_random_walks_with_packs_that_are_worth_it() -> None:
-    """Everything that keeps, drops, brings back and frees, with repacks in between."""
-    seen: Counter[str] = Counter()
-
-    @settings(
-        max_examples=4,
-        derandomize=True,
-        deadline=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(st.data())
-    def run(data: st.DataObject) -> None:
-        walk = Walk(Store(pack_bytes_max=1 << 16), data, seen)
-        try:
-            for _ in range(40):
-                walk.step()
-                if data.draw(st.integers(0, 3), "repack too") == 0:
-                    walk.repack()
-        finally:
-            walk.run.close()
-        walk.check_end()
-
-    run()
-    assert seen["repacked"] > 0, seen

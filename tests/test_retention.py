@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from _retention import DAY, Store, same, state_of, thinned, whole
+from _retention import DAY, Store, same, state_of, store_of, thinned, whole
 from _train import WithoutGit, new_repository, one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -157,15 +157,6 @@ def test_most_is_more_than_half() -> None:
 # by hand -----------------------------------------------------------------------------------------------------------
 
 
-def store_of(count: int, **settings: Any) -> Store:
-    """A closed run "a" of steps 1 … `count`; step n holds state n."""
-    store = Store(**settings)
-    with store.open().run("a").track(rng=False) as run:
-        for step in range(1, count + 1):
-            run.save(step, state=state_of(step), metrics={"loss": 1 / step}).wait()
-    return store
-
-
 def steps_of(past: everystep.PastRun) -> list[int]:
     return [checkpoint.step for checkpoint in past.checkpoints(all=True)]
 
@@ -299,6 +290,20 @@ def test_a_thinned_checkpoint() -> None:
     run = store.open().run("a").track(rng=False)
     assert run.resume() == 3
     run.close()
+
+
+def test_an_attachment_outlives_the_checkpoint_that_it_came_with() -> None:
+    store = Store(base_ratio=0.0)
+    with store.open().run("a").track(rng=False) as run:
+        for step in range(1, 6):
+            if step in (2, 4):
+                run.attach("tokenizer", bytes([step]) * 50_000)
+            run.save(step, state=state_of(step)).wait()
+    past = store.open()["a"]
+    past.forget(when(lambda one: one.step not in (2, 4)), undo_seconds=0)
+    assert past.prune().packs > 0
+    assert store.open()["a"].attachment("tokenizer") == b"\x04" * 50_000
+    assert set(store.packs()) == store.read_by() and store.open().check().ok
 
 
 @pytest.mark.parametrize("alike", ["equal", "the same"])

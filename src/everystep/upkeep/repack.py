@@ -53,6 +53,7 @@ def repack(vault: RunVault, author: str, dead: float, progress: Progress | None 
     """
     if not 0 <= dead < 1:
         raise UsageError(f"dead={dead} is not a share", do="0.5: empty packs of which more than half is dead")
+    before = collect(vault, author)  # there will be room, and what waited long enough is not moved
     written = 0
     last: Overtaken | None = None
     for _ in range(ATTEMPTS):
@@ -65,8 +66,9 @@ def repack(vault: RunVault, author: str, dead: float, progress: Progress | None 
         except Error:
             _leave_nothing(vault, author, mover)
             raise
-        freed = collect(vault, author, rewrites=True)
-        return Repacked(packs, checkpoints, written + mover.written_bytes, freed.nbytes, freed.held_bytes)
+        after = collect(vault, author, rewrites=True)
+        freed = before.nbytes + after.nbytes
+        return Repacked(packs, checkpoints, written + mover.written_bytes, freed, after.held_bytes)
     raise Conflict(
         f"packs were freed while they were emptied, {ATTEMPTS} times",
         where=vault.where,
