@@ -67,7 +67,7 @@ def test_rules_that_drop_or_thin_count(tmp_path: Path, rules: dict[str, everyste
 
 def test_a_quota_is_room_too(tmp_path: Path) -> None:
     with (
-        pytest.warns(everystep.EverystepWarning, match=r"a checkpoint of 0\.80 MB take"),
+        pytest.warns(everystep.EverystepWarning, match=r"a checkpoint of 0\.80 MB takes"),
         everystep.open(str(tmp_path)).run("a", quota_bytes=1_000_000).track(rng=False) as run,
     ):
         run.save(1, state={"w": np.arange(100_000.0)}).wait()

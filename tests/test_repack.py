@@ -219,6 +219,25 @@ def test_a_file_that_was_replaced_frees_the_pack_that_held_it() -> None:
     assert store.open().check().ok and set(store.packs()) == store.read_by()
 
 
+def test_files_that_came_with_no_checkpoint_of_their_own() -> None:
+    """The step was saved before, so their packs are in no commit; moved or replaced, they are freed all the same."""
+    store = Store(**WIDE)
+    with store.open().run("a").track(rng=False) as run:
+        for number in (1, 2, 3):
+            run.attach("big", np.random.default_rng(number).bytes(90_000))
+            run.attach("small", file_of(1))
+            run.save(1, state=state_of(1)).wait()
+        past = store.open()["a"]
+        assert past.prune().packs == 1, "of the second, nothing is needed any more"
+        moved = past.repack()
+        assert moved.packs == 1 and moved.freed_bytes - moved.written_bytes > 89_000
+        assert set(store.packs()) == store.read_by()
+        run.save(2, state=state_of(2)).wait()
+    fresh = store.open()["a"]
+    assert fresh.attachment("big") == np.random.default_rng(3).bytes(90_000)
+    assert fresh.attachment("small") == file_of(1) and all(map(whole, fresh.checkpoints()))
+
+
 def test_ranks() -> None:
     storage = MemoryStorage()
 
@@ -290,6 +309,26 @@ def test_manifests_are_not_written_for_less_than_they_come_to() -> None:
             run.save(step, state={f"leaf{n}": np.full(3, step) for n in range(30)}).wait()
     past = thin_out(store, range(2, 12))
     assert past.stats().dead_bytes > 0 and past.repack(dead=0).packs == 0
+
+
+def test_many_packs_pay_together_for_one_manifest() -> None:
+    store = Store(chunk_bytes_max=4096, small_leaf_bytes=1024, pack_bytes_max=10_000, base_ratio=0.0)
+    frozen = np.random.default_rng(0).standard_normal((30, 1000)).astype(np.float32)
+
+    def state(step: int) -> dict[str, Any]:
+        new = np.random.default_rng(step).standard_normal((30, 1000)).astype(np.float32)
+        leaves = {f"{name}{n}": row[n] for n in range(30) for name, row in (("new", new), ("frozen", frozen))}
+        return {**leaves, "plain": np.random.default_rng(1).random(1000).tolist()}
+
+    with store.open().run("a").track(rng=False) as run:
+        for step in (1, 2):
+            run.save(step, state=state(step)).wait()
+    past = thin_out(store, [2])
+    manifest = past.stats().manifest_bytes
+    assert manifest > 2 * 4096, "more than any pack gives back"
+    moved = past.repack(dead=0.3)
+    assert moved.packs > 20 and moved.freed_bytes - moved.written_bytes > 20 * 3000
+    assert same(store.open()["a"].at(2).load(), state(2))
 
 
 # damage ------------------------------------------------------------------------------------------------------------

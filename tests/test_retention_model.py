@@ -381,7 +381,7 @@ def actions(decided: list[everystep.Decision]) -> dict[str, str]:
 def test_random_walks(place: str, tmp_path: Path) -> None:
     seen: Counter[str] = Counter()
     folders = (str(tmp_path / str(number)) for number in itertools.count())
-    walks = WALKS if place == "memory" else max(1, 2 * WALKS // 5)
+    walks = WALKS if place == "memory" else max(1, WALKS // 3)
 
     @settings(max_examples=walks, deadline=None, report_multiple_bugs=False, suppress_health_check=list(HealthCheck))
     @given(st.data())

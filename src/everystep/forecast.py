@@ -114,7 +114,7 @@ def outlook(
         return None
     what = f"{kept} checkpoints of {_size(whole)}" if kept > 1 else f"a checkpoint of {_size(whole)}"
     return (
-        f"{what} take up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
+        f"{what} {'take' if kept > 1 else 'takes'} up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
         "what `everystep doctor` measures; keep= and keep_full= hold less"
     )
 

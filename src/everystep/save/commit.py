@@ -56,7 +56,7 @@ class Draft:
 
 
 class Condemned(Exception):
-    """A pack that the save leans on is condemned: it must be written without references."""
+    """A pack that the save leans on is condemned: it must be written again."""
 
 
 def check_fence(history: History, term: Term, where: str) -> None:
