@@ -112,9 +112,9 @@ def outlook(
     most = (full + 1) * whole + (kept - full) * lasting  # one more is there while it is written
     if most <= room:
         return None
-    what = f"{kept} checkpoints of {_size(whole)}" if kept > 1 else f"a checkpoint of {_size(whole)}"
+    what = f"{kept} checkpoints of {_size(whole)} take" if kept > 1 else f"a checkpoint of {_size(whole)} takes"
     return (
-        f"{what} {'take' if kept > 1 else 'takes'} up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
+        f"{what} up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
         "what `everystep doctor` measures; keep= and keep_full= hold less"
     )
 

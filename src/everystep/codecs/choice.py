@@ -13,7 +13,7 @@ Array = np.ndarray[Any, Any]
 # Below this share of raw it is not worth leaning on a base: 4 KiB of a chunk of 4 MiB.
 _GAIN_MIN = 0.001
 # Grouping costs as much time as all the rest. It takes 3 to 60 % off weights, and nothing off Adam's second average.
-_GROUPED_RATIO = 0.985
+_GROUPED_RATIO = 0.99
 
 
 def delta_form(
