@@ -105,7 +105,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batches", type=int, default=120, help="batches of 16 windows in an epoch")
     parser.add_argument("--save-every", type=int, default=8, help="steps between two checkpoints")
-    parser.add_argument("--threads", type=int, default=2, help="with another number, sums round differently")
+    parser.add_argument("--threads", type=int, default=1, help="with another number, sums round differently")
     return parser.parse_args()
 
 

@@ -21,10 +21,11 @@ from _repack import (
     made_of,
     only,
     state_of,
+    store_of,
     thin_out,
     unnamed,
 )
-from _retention import Store
+from _retention import Store, same, thinned
 
 import everystep
 from everystep import Conflict
@@ -174,7 +175,7 @@ def at_every_operation(
         seen["moved" if moved.checkpoints else "not moved"] += 1
         verify(store, fired)
         number += stride
-    assert number > 80
+    assert number > 30
     return seen
 
 
@@ -230,6 +231,33 @@ def test_what_was_dropped_meanwhile_is_left_out_without_a_new_beginning() -> Non
     assert set(store.packs()) == store.read_by()
 
 
+@pytest.mark.parametrize("stride", [5, 11, 16, 23])
+def test_a_run_that_drops_and_frees_all_the_time_does_not_hold_it_up(stride: int) -> None:
+    store = store_of(14, base_ratio=0.0)
+    thin_out(store, range(4, 15))
+    beside, dropped = store.open()["a"], list(range(4, 12))
+
+    class Dropping(FaultyStorage):
+        """Every so many reads the oldest checkpoint goes, or loses its optimizer state, as by a run's own rules."""
+
+        def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+            if len(self.calls) % stride == stride - 1 and dropped:
+                step = dropped.pop(0)
+                kept = only(*range(step + 1, 15))
+                beside.forget(*((kept, None) if step % 2 else (None, kept)), undo_seconds=0, force=True)
+                collect(beside._vault, "a process that saves")
+            return super().get(key, start, stop)
+
+    puts = FaultyStorage(store.storage, verbs=("put",))
+    moved = store.open(storage=Dropping(puts, verbs=("get",)))["a"].repack(dead=0.2)
+    assert moved.checkpoints >= 3 and len(dropped) < 5
+    assert len({key.rsplit("/", 2)[1] for _, key in puts.calls}) == 1, "it began once"
+    assert moved.held_bytes == store.nbytes and not unnamed(store)
+    check(store, [c.step for c in beside.checkpoints()], attached=14)
+    store.open()["a"].repack(dead=0)
+    check(store, [c.step for c in beside.checkpoints()], attached=14)
+
+
 def test_dropping_in_between() -> None:
     """What is dropped and freed meanwhile does not come back, and is not looked for."""
 
@@ -247,6 +275,64 @@ def test_dropping_in_between() -> None:
         assert set(store.packs()) == store.read_by() and not store.open()["a"].dropped
 
     at_every_operation(made_of(), drop, verify_dropped)
+
+
+def test_thinning_in_between() -> None:
+    """Optimizer state in a pack that is being emptied goes while it is copied: the rest is moved without it."""
+
+    def state(step: int) -> dict[str, Any]:
+        new = np.random.default_rng(step).standard_normal(8000)
+        old = np.random.default_rng(100 + step // 2).standard_normal(4000)
+        return {"params": {"new": new, "old": old}, "opt_state": {"new": new * 2, "old": old * 2}}
+
+    made = Store(**WIDE, base_ratio=0.0)
+    with made.open().run("a").track(rng=False) as run:
+        for step in (2, 3, 4):
+            run.save(step, state=state(step)).wait()
+    thin_out(made, [3, 4])
+
+    def thin(store: Store) -> None:
+        past = store.open()["a"]
+        past.forget(None, only(4), undo_seconds=0)
+        collect(past._vault, "a process that saves")
+
+    def verify_thin(store: Store, fired: bool) -> None:
+        found = store.open()["a"].at(3)
+        assert found.thin == fired and same(found.load(), thinned(state(3)) if fired else state(3))
+        assert same(store.open()["a"].at(4).load(), state(4)) and store.open().check().ok
+        thin(store)
+        store.open()["a"].repack()
+        assert set(store.packs()) == store.read_by()
+
+    seen = at_every_operation(made, thin, verify_thin, 1)
+    assert seen["moved"] > 30
+
+
+def test_a_file_replaced_and_freed_in_between() -> None:
+    """It came with no checkpoint of its own, so nothing else holds the pack that it is being moved from."""
+    made = Store(**WIDE)
+    with made.open().run("a").track(rng=False) as run:
+        run.save(1, state={"number": 1}).wait()
+        run.attach("small", file_of(1))
+        for number in (1, 2):
+            run.attach("big", np.random.default_rng(number).bytes(90_000))
+            run.save(1, state={"number": 1}).wait()
+
+    def attach(store: Store) -> None:
+        with store.open().run("a").track(rng=False) as run:
+            assert run.resume() == 1
+            run.attach("small", file_of(2))
+            run.save(2, state={"number": 2}).wait()
+        collect(run._vault, "a process that saves")
+
+    def verify_newer(store: Store, fired: bool) -> None:
+        past = store.open()["a"]
+        assert past.attachment("small") == file_of(2 if fired else 1)
+        assert past.attachment("big") == np.random.default_rng(2).bytes(90_000)
+        past.repack()
+        assert set(store.packs()) == store.read_by() and store.open().check().ok
+
+    at_every_operation(made, attach, verify_newer, 1)
 
 
 def test_undo_in_between() -> None:

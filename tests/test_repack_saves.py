@@ -32,6 +32,7 @@ from everystep.errors import CheckpointRetired
 from everystep.seam import Seam
 from everystep.storage import MemoryStorage
 from everystep.storage.faulty import FaultyStorage
+from everystep.upkeep import collect
 from everystep.vault import Place
 
 # a process that saves ----------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_beside_threads_that_save_drop_and_read() -> None:
             rest = next(steps)
             keep = everystep.last(4) | everystep.when(lambda kept: kept.step % 5 == rest)
             other.forget(keep, force=True, undo_seconds=0.0)
-            other.prune()
+            _ = collect(other._vault, "another") if rest else other.prune()
 
         def repack() -> None:
             try:
@@ -169,6 +170,7 @@ def test_beside_threads_that_save_drop_and_read() -> None:
         def repack_here() -> None:
             """In the very process that saves."""
             try:
+                over.wait(0.1)
                 own.repack()
             except Conflict:
                 seen["given up"] += 1
@@ -186,7 +188,7 @@ def test_beside_threads_that_save_drop_and_read() -> None:
                 assert not thread.is_alive()
     if errors:
         raise errors[0]
-    assert seen["moved"] > 3 and seen["read"] > 20, seen
+    assert seen["moved"] > 0 and seen["read"] > 20, seen
     assert opened().check().ok
     assert all(whole(checkpoint) for checkpoint in opened()["a"].checkpoints(all=True))
 

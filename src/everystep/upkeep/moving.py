@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 
 from everystep.upkeep.usage import needed_of
-from everystep.vault import Committed, PackName, PackWriter, PartView, RunVault, Spot, read_manifest
+from everystep.vault import Committed, Manifest, PackName, PackWriter, PartView, RunVault, Spot, read_manifest
 from everystep.vault.history import roll_up
 from everystep.vault.manifest import NO_BASE, SPOT, Placement, pack_halves, pages, settle
 from everystep.vault.names import NO_TERM
@@ -60,15 +60,25 @@ class Mover:
             for limit in (*(vault.settings.pack_bytes_max,) * 3, MANIFEST_BYTES_MAX)
         )
         self._pages = _Pages(self._manifest)
+        self._slots: dict[Place, Slot] = {}
         self._routes: dict[PackName, _Route] = {}
 
     @property
     def written_bytes(self) -> int:
-        packs = (self._optimizer, self._main, self._attachments, self._manifest)
-        return sum(nbytes for writer in packs for _, nbytes in writer.stored)
+        return sum(nbytes for _, nbytes in self._stored)
 
-    def copy_chunks(self, emptied: Emptied, told: Callable[[int], None]) -> None:
-        """Stores what is needed of the chunks there.
+    @property
+    def packs(self) -> set[PackName]:
+        """What it has written."""
+        return {name for name, _ in self._stored}
+
+    @property
+    def _stored(self) -> Iterator[tuple[PackName, int]]:
+        for writer in (self._optimizer, self._main, self._attachments, self._manifest):
+            yield from writer.stored
+
+    def copy_chunks(self, emptied: Emptied, one: Resident, told: Callable[[int], None]) -> None:
+        """Copies what a checkpoint needs of the chunks there, as far as it is not copied yet.
 
         Args:
             told: told the stored bytes that have been copied.
@@ -77,19 +87,19 @@ class Mover:
             Damaged: if one of them is not what was saved.
         """
         vault, workers = self._vault, self._vault.settings.workers
-        slots: dict[Place, Slot] = {}
-        done = 0
         with closing(vault.seam.pool(workers, "everystep-repack")) as pool:
-            batches = _batches(_chunks(vault, emptied))
+            batches = _batches(_chunks(vault.manifest(one.commit), emptied, one, self._slots.keys()))
             for batch, stored in pool.map(lambda batch: (batch, vault.read_stored(batch)), batches, workers + 1):
                 for (spot, _), piece in zip(batch, stored):
                     packs = self._main if emptied.main[spot.pack, spot.offset] else self._optimizer
-                    slots[spot.pack, spot.offset] = packs.add([piece])
-                    done += spot.length
-                told(done)
+                    self._slots[spot.pack, spot.offset] = packs.add([piece])
+                    told(spot.length)
+
+    def store_chunks(self) -> None:
+        """From here on it is known where all that was copied lies, durably."""
         self._optimizer.flush()
         self._main.flush()
-        self._routes = _routes(slots)
+        self._routes = _routes(self._slots)
 
     def write_manifest(self, one: Resident) -> Moved:
         """Stores the checkpoint's manifest anew, and whole: none of its pages, either, is left where it was."""
@@ -104,16 +114,12 @@ class Mover:
         read_manifest(msgspec.structs.replace(event, root=root), vault.read_pages, where)  # before it is in force
         return Moved(event.id, root, roll_up(needs.all | own), roll_up(needs.all - needs.main - own))
 
-    def copy_attachments(self, emptied: Emptied) -> list[tuple[Attach, Attach]]:
-        """Stores what attachments have there: each as it was, and as it is now."""
-        drafts = [(event, [self._copy_page(page, emptied, event.name) for page in event.where])
-                  for event in emptied.attachments]  # fmt: skip
+    def copy_attachment(self, emptied: Emptied, event: Attach) -> Attach:
+        """Stores what an attached file has there."""
+        places = [self._copy_page(page, emptied, event.name) for page in event.where]
         self._attachments.flush()
-        found = []
-        for event, places in drafts:
-            where = [page if slot is None else settle(page, slot.name) for page, slot in places]
-            found.append((event, msgspec.structs.replace(event, where=where)))
-        return found
+        where = [page if slot is None else settle(page, slot.name) for page, slot in places]
+        return msgspec.structs.replace(event, where=where)
 
     def _copy_page(self, page: Where, emptied: Emptied, name: str) -> tuple[Where, Slot | None]:
         if PackName(page.writer, page.number) not in emptied.packs:
@@ -232,17 +238,19 @@ def _routes(slots: dict[Place, Slot]) -> dict[PackName, _Route]:
     return found
 
 
-def _chunks(vault: RunVault, emptied: Emptied) -> Iterator[tuple[Spot, int]]:
-    """What is needed of the emptied packs, each chunk and base once, with its plain length."""
+def _chunks(
+    manifest: Manifest, emptied: Emptied, one: Resident, copied: Collection[Place]
+) -> Iterator[tuple[Spot, int]]:
+    """What a checkpoint needs of the emptied packs, each chunk and base once, with its plain length."""
     seen: set[Place] = set()
-    for one in emptied.residents:
-        for view in vault.manifest(one.commit).views:
-            for index in _touching(view, emptied.packs, thin=one.thin):
-                nbytes = view.layout.chunks[index].nbytes
-                for spot in view.spot(index).links():
-                    if spot.pack in emptied.packs and (spot.pack, spot.offset) not in seen:
-                        seen.add((spot.pack, spot.offset))
-                        yield spot, nbytes
+    for view in manifest.views:
+        for index in _touching(view, emptied.packs, thin=one.thin):
+            nbytes = view.layout.chunks[index].nbytes
+            for spot in view.spot(index).links():
+                place = spot.pack, spot.offset
+                if spot.pack in emptied.packs and place not in seen and place not in copied:
+                    seen.add(place)
+                    yield spot, nbytes
 
 
 def _touching(view: PartView, packs: frozenset[PackName], *, thin: bool) -> list[int]:

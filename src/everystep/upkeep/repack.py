@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from everystep.errors import Conflict, Damaged, Error, ObjectMissing, UsageError
 from everystep.upkeep.collect import check_readable, collect, packs_of, size_of
 from everystep.upkeep.moving import Emptied, Mover, Resident
-from everystep.upkeep.usage import Uses, held
+from everystep.upkeep.usage import Uses, held, is_there, needs_less
 from everystep.vault import Committed, History, PackName, RunVault
-from everystep.vault.record import Moved, Rewrite
+from everystep.vault.record import Attach, Moved, Rewrite
 
 Progress = Callable[[int, int], None]
+T = TypeVar("T")
 ATTEMPTS = 3
 
 
@@ -35,7 +36,7 @@ class Repacked:
 
 
 class Overtaken(Exception):
-    """Somebody freed or moved what this was about."""
+    """Somebody freed what this has written."""
 
 
 def repack(vault: RunVault, author: str, dead: float, progress: Progress | None = None) -> Repacked:
@@ -87,20 +88,10 @@ def _leave_nothing(vault: RunVault, author: str, mover: Mover) -> None:
 
 def _move(vault: RunVault, author: str, mover: Mover, dead: float, progress: Progress | None) -> tuple[int, int]:
     """(packs emptied, checkpoints moved)"""
-    seen = vault.history().slots
-    try:
-        emptied = _plan(vault, vault.history(), dead)
-        if not emptied.packs:
-            return 0, 0
-        tell = progress or (lambda done, total: None)
-        mover.copy_chunks(emptied, lambda done: tell(done, emptied.nbytes))
-        moved = [(one.commit, mover.write_manifest(one)) for one in emptied.residents]
-        attached = mover.copy_attachments(emptied)
-        tell(emptied.nbytes, emptied.nbytes)
-    except ObjectMissing as error:
-        if vault.history().slots > seen:
-            raise Overtaken from error
-        raise Damaged("a pack that is needed is missing", where=error.where, do="run fsck") from error
+    emptied = _plan(vault, mover, dead)
+    if not emptied.packs:
+        return 0, 0
+    moved, attached = _write(vault, mover, emptied, _told(progress, emptied.nbytes))
     landed: list[Moved] = []
 
     def decide(history: History) -> list[Any] | None:
@@ -115,32 +106,90 @@ def _move(vault: RunVault, author: str, mover: Mover, dead: float, progress: Pro
     return len(emptied.packs), len(landed)
 
 
+def _told(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Counts what has been copied."""
+    done = 0
+
+    def told(nbytes: int) -> None:
+        nonlocal done
+        done = min(done + nbytes, total)
+        if progress is not None:
+            progress(done, total)
+
+    return told
+
+
+def _write(
+    vault: RunVault, mover: Mover, emptied: Emptied, told: Callable[[int], None]
+) -> tuple[list[tuple[Committed, Moved]], list[tuple[Attach, Attach]]]:
+    """Writes elsewhere what checkpoints and attachments have in packs: each as it was, and as it will be."""
+    copied = [_while_held(vault, mover, one, lambda one: mover.copy_chunks(emptied, one, told))
+              for one in emptied.residents]  # fmt: skip
+    mover.store_chunks()
+    written = [_while_held(vault, mover, found[0], mover.write_manifest) for found in copied if found is not None]
+    attached = []
+    for event in emptied.attachments:
+        try:
+            attached.append((event, mover.copy_attachment(emptied, event)))
+        except ObjectMissing as error:
+            if vault.history().attachments[event.name] == event:
+                raise _lost(error) from error
+    told(emptied.nbytes)
+    return [(one.commit, new) for one, new in filter(None, written)], attached
+
+
+def _while_held(
+    vault: RunVault, mover: Mover, one: Resident, act: Callable[[Resident], T]
+) -> tuple[Resident, T] | None:
+    """Does something with a checkpoint as it is by now; None where it has been freed, or moved by another.
+
+    Raises:
+        Overtaken: if what was written for it has been freed.
+        Damaged: if it has lost a pack.
+    """
+    while True:
+        try:
+            return one, act(one)
+        except ObjectMissing as error:
+            history, id = vault.history(), one.commit.event.id
+            if mover.packs & history.condemned:
+                raise Overtaken from error
+            if history.commits[id].event.root != one.commit.event.root or not is_there(history, id):
+                return None
+            if one.thin or not needs_less(history, id):
+                raise _lost(error) from error
+            one = replace(one, thin=True)
+
+
+def _lost(error: ObjectMissing) -> Damaged:
+    return Damaged("a pack that is needed is missing", where=error.where, do="run fsck")
+
+
 def _is_due(history: History, old: Committed, new: Moved) -> bool:
     """Whether a checkpoint lies where it did, and may be needed.
 
     Raises:
         Overtaken: if it would need what is condemned.
     """
-    now, dropped = history.commits[new.id], history.dropped.get(new.id)
-    if now.event.root != old.event.root:
-        return False  # another repack was faster
-    live = new.id in history.live
-    thin = new.id in history.thin if live or dropped is None else dropped.was_thin
-    if not live and now.needs(thin=thin) & history.condemned:
+    now = history.commits[new.id]
+    if now.event.root != old.event.root or not is_there(history, new.id):
         return False
     event = msgspec.structs.replace(now.event, root=new.root, packs=new.packs, optimizer=new.optimizer)
-    if replace(now, event=event).needs(thin=thin) & history.condemned:
+    if replace(now, event=event).needs(thin=needs_less(history, new.id)) & history.condemned:
         raise Overtaken
     return True
 
 
-def _plan(vault: RunVault, history: History, dead: float) -> Emptied:
+def _plan(vault: RunVault, mover: Mover, dead: float) -> Emptied:
+    history = vault.history()
     check_readable(history, vault.where)
     uses, residents = Uses(), []
     for id, thin in held(vault, history).items():
-        commit = history.commits[id]
-        nbytes = uses.add(vault.manifest(commit), commit.event.root, thin=thin)
-        residents.append(Resident(commit, thin, nbytes))
+        one = Resident(history.commits[id], thin, 0)
+        found = _while_held(vault, mover, one, lambda one: vault.manifest(one.commit))
+        if found is not None:
+            nbytes = uses.add(found[1], one.commit.event.root, thin=found[0].thin)
+            residents.append(replace(found[0], manifest_bytes=nbytes))
     attachments = list(history.attachments.values())
     for event in attachments:
         uses.add_pages(event.where)

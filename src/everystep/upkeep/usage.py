@@ -25,17 +25,18 @@ MERGE_ROWS = 1 << 16
 def held(vault: RunVault, history: History) -> dict[str, bool]:
     """Checkpoints that are live, or that were dropped so short a time ago that they can be brought back -> whether
     that is without their optimizer state."""
-    found = {id: id in history.thin for id in history.live}
-    times: dict[int, float] = {}
+    # Copies: a save in this process may add to the fold while the store is asked.
+    found = {id: id in history.thin for id in list(history.live)}
+    newest, times = history.slots - 1, dict[int, float]()
 
     def age(slot: int) -> float:
         """By the store's own clock."""
-        for each in (slot, history.slots - 1):
+        for each in (slot, newest):
             if each not in times:
                 times[each] = vault.storage.stat(record_key(vault.folder, each)).time
-        return times[history.slots - 1] - times[slot]
+        return times[newest] - times[slot]
 
-    for id, dropped in history.dropped.items():
+    for id, dropped in list(history.dropped.items()):
         way: Dropped | None = dropped
         while way is not None and way.undo_seconds > 0 and age(way.slot) < way.undo_seconds:
             if history.commits[id].needs(thin=way.was_thin) & history.condemned:
@@ -43,6 +44,17 @@ def held(vault: RunVault, history: History) -> dict[str, bool]:
             found[id] = way.was_thin and found.get(id, True)
             way = way.before
     return found
+
+
+def needs_less(history: History, id: str) -> bool:
+    """Whether a checkpoint does without its optimizer state, as it is or would come back."""
+    dropped = history.dropped.get(id)
+    return id in history.thin if id in history.live or dropped is None else dropped.was_thin
+
+
+def is_there(history: History, id: str) -> bool:
+    """Whether a checkpoint is live, or has not been freed yet."""
+    return id in history.live or not history.commits[id].needs(thin=needs_less(history, id)) & history.condemned
 
 
 @dataclass(frozen=True)
