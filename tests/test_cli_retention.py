@@ -243,3 +243,25 @@ def test_mistakes_drop_nothing_and_say_what_to_do(trained: Path, args: list[str]
     assert what.startswith("error: ") and rest[-1].startswith("  do:    ") and part in found.stderr, found.stderr
     assert json_of(trained, *args, code=code)["error"]["do"] == rest[-1].removeprefix("  do:    ")
     assert kept(trained) == list(range(1, 13))
+
+
+# repack --------------------------------------------------------------------------------------------------------------
+
+
+def test_repack_frees_what_lies_beside_a_frozen_leaf(tmp_path: Path) -> None:
+    place, rng = tmp_path / "repository", np.random.default_rng(0)
+    frozen = rng.standard_normal(2000).astype("f4")
+    with everystep.open(str(place)).run("a") as run:
+        for step in (1, 2, 3):
+            run.save(step, state={"frozen": frozen, "moving": rng.standard_normal(50_000)}).wait()
+    everystep.open(str(place))["a"].forget(keep=everystep.last(1), force=True, undo_seconds=0)
+    before = json_of(place, "stats", "a")["runs"][0]["total_bytes"]
+    done = json_of(place, "repack", "a")
+    after = json_of(place, "stats", "a")["runs"][0]["total_bytes"]
+    assert done["packs"] >= 1 and done["freed_bytes"] > 300_000 > 50_000 > done["written_bytes"] > 0
+    assert before - after > 300_000
+    (line,) = lines_of(place, "repack", "a")
+    assert line == "a: nothing to gain"
+    assert everystep.open(str(place))["a"].at(3).load()["frozen"].tobytes() == frozen.tobytes()
+    assert json_of(place, "repack", "a", "--dead", "2", code=2)["error"]["kind"] == "usage"
+    assert json_of(place, "fsck")["ok"]

@@ -24,6 +24,7 @@ from everystep.errors import (
     Unsupported,
     UsageError,
 )
+from everystep.importing import Brought, ImportReport
 from everystep.past import PastRun
 from everystep.rehearsal.doctor import Examination, examine
 from everystep.rehearsal.resumes import ResumeReport, verify_resume
@@ -34,9 +35,10 @@ from everystep.save import Saved
 from everystep.schema import LoadReport, Part
 from everystep.settings import VERSION as __version__
 from everystep.settings import Settings
-from everystep.upkeep import Decision, Freed, Kept, RunStats
+from everystep.upkeep import Decision, Freed, Kept, Repacked, RunStats
 
 __all__ = [
+    "Brought",
     "Checkpoint",
     "CheckpointRetired",
     "Conflict",
@@ -49,6 +51,7 @@ __all__ = [
     "Examination",
     "ForeignRepository",
     "Freed",
+    "ImportReport",
     "Kept",
     "LeafChange",
     "LeafSummary",
@@ -61,6 +64,7 @@ __all__ = [
     "PastRun",
     "ReadOnly",
     "RehearsalFailed",
+    "Repacked",
     "Repository",
     "ResumeReport",
     "Rule",

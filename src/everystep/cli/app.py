@@ -18,6 +18,7 @@ from everystep.cli.exchange import export, import_files
 from everystep.cli.fsck import fsck
 from everystep.cli.log import log
 from everystep.cli.rehearse import SETTINGS
+from everystep.cli.repack import repack
 from everystep.cli.retention import forget, prune, undo
 from everystep.cli.rewind import rewind
 from everystep.cli.screen import Screen
@@ -216,6 +217,14 @@ app.command(
       everystep -r runs prune resnet --now      what undo could bring back goes, too
     """
 )(prune)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs repack resnet
+      everystep -r runs repack resnet --dead 20%
+    """
+)(repack)
 app.command(
     epilog="""
     \b
