@@ -381,3 +381,13 @@ def test_an_explicit_state_is_spoken_of_by_its_own_paths(tmp_path: Path) -> None
     with repo.run("b").track(model=third) as run:
         run.start_from("a@1")
     assert bits(third) == bits(model)
+
+
+def test_a_run_that_is_held_is_seen_as_it_was(tmp_path: Path) -> None:
+    past = asked(tmp_path)
+    other = everystep.open(str(tmp_path))["a"]
+    with past.holding():
+        seen = past.at(200)
+        other.at(200).record(val_loss=9.0).tag("new")
+        assert seen.metrics["val_loss"] == 0.2 and past.tags == {} and past.at(200).tags == []
+    assert seen.metrics["val_loss"] == 9.0 and seen.tags == ["new"]

@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -53,6 +54,10 @@ class PastRun:
                 do="run fsck; at(step) loads what is readable, and resume() goes on from the newest such",
             )
         return self._checkpoint(history.latest) if history.latest else None
+
+    def holding(self) -> AbstractContextManager[None]:
+        """Within it, the run is seen as it was when it began: many questions, one look at the log. To read only."""
+        return self._vault.holding()
 
     def checkpoints(self, *, all: bool = False) -> list[Checkpoint]:
         """The checkpoints of the current line, oldest first; with `all`, of every line, in the order of saving."""

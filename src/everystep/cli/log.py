@@ -91,7 +91,9 @@ def log(
     metric, mode = typed.metric(best, "--best") if best is not None else (None, None)
     asked = Asked(number, all_lines, metric, mode, tag, where)
     if run is not None:
-        document, parents = _of_run(repository, pick_run(repository, run), asked)
+        past = pick_run(repository, run)
+        with past.holding():
+            document, parents = _of_run(repository, past, asked)
         screen.give(document, lambda: _lines(repository, document, parents, asked, screen.width))
     elif asked.narrowed:
         document = _of_all(repository, asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class RunVault:
         self.storage, self.seam, self.settings = place.storage, place.seam, place.settings
         self.folder = run_folder(name)
         self._log: Log | None = None
+        self._held: History | None = None
 
     @property
     def where(self) -> str:
@@ -72,7 +74,18 @@ class RunVault:
 
     def history(self) -> History:
         """The fold of the log as it is now; an empty one where there is no repository yet."""
+        if self._held is not None:
+            return self._held
         return self.log.refresh() if self.place.exists else History("")
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Within it, `history()` is what it was when it began: many questions, one look at the log."""
+        self._held = self.history()
+        try:
+            yield
+        finally:
+            self._held = None
 
     def open_term(self, event: Callable[[History], Open], author: str) -> Term:
         """Takes the run: every lower term is fenced from here on."""
