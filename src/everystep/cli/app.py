@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -273,4 +274,5 @@ app.command(
 
 def main() -> None:
     """Runs the command line and exits."""
+    gc.set_threshold(200_000)  # a fold of many records is all new objects, and none of it is garbage
     app()

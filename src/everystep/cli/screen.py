@@ -79,12 +79,11 @@ class Screen:
 
     def _write(self, stream: TextIO, lines: Iterable[Text]) -> None:
         console = console_of(stream)
-        whole = Text("\n").join(lines)
         if console.color_system is None or console.no_color:
-            self._put(stream, whole.plain + "\n")
+            self._put(stream, "\n".join(line.plain for line in lines) + "\n")
             return
         with console.capture() as styled:
-            console.print(whole, soft_wrap=True)
+            console.print(Text("\n").join(lines), soft_wrap=True)
         self._put(stream, styled.get())
 
     def _put(self, stream: TextIO, text: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len, set_cell_size
-from rich.text import Text
+from rich.text import Span, Text
 
 GAP = 2
 
@@ -82,14 +82,18 @@ def _shrink(columns: Sequence[Column], widths: dict[int, int], width: int) -> No
 
 
 def _line(columns: Sequence[Column], cells: Sequence[str], widths: dict[int, int], styles: Sequence[str]) -> Text:
-    line = Text()
+    parts: list[str] = []
+    spans: list[Span] = []
+    at = 0
     for i, wide in widths.items():
         cell = cut(cells[i], wide, columns[i].keep_end)
         pad = " " * (wide - cell_len(cell))
-        line.append(" " * GAP if line else "")
-        line.append(pad if columns[i].right else "")
-        line.append(cell, styles[i])
-        line.append("" if columns[i].right else pad)
+        before = (" " * GAP if parts else "") + (pad if columns[i].right else "")
+        parts += (before, cell, "" if columns[i].right else pad)
+        if styles[i] and cell:
+            spans.append(Span(at + len(before), at + len(before) + len(cell), styles[i]))
+        at += sum(map(len, parts[-3:]))
+    line = Text("".join(parts), spans=spans)
     line.rstrip()
     return line
 
