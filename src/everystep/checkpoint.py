@@ -13,14 +13,14 @@ from everystep.difference import Difference, Side, batches, compare
 from everystep.errors import CheckpointRetired, Conflict, UsageError
 from everystep.exchange import Written, export
 from everystep.metrics import plain_metrics
-from everystep.restore import Opened, open_checkpoint, place_tracked
+from everystep.restore import SECTIONS_OF_OURS, STATE, Opened, open_checkpoint, place_tracked
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, paths_of
 from everystep.schema.plain import check_text, decode
 from everystep.vault import Committed, History, RunVault
 from everystep.vault.record import Metrics, Note, Tag
 
-STATE, RNG, LOOP = "state", "rng", "loop"
+RNG, LOOP = SECTIONS_OF_OURS
 RESERVED = (STATE, RNG, LOOP)
 
 
@@ -111,7 +111,7 @@ class Checkpoint:
         The paths are those that `load(only=…)` takes.
         """
         opened = self._open()
-        base = self._base(opened)
+        base = opened.base
         return [msgspec.structs.replace(leaf, path=_above(base, leaf.path)) for leaf in opened.leaves()]
 
     def load(
@@ -142,9 +142,9 @@ class Checkpoint:
             if only is not None:
                 raise UsageError("only= and into= say the same thing twice", do="leave only= out")
             where = f"{self._vault.name}@{self.step}"
-            base = self._base(opened)
+            base = opened.base
             return place_tracked(opened, into, strict=strict, whole=False, where=where, base=base, progress=progress)
-        base = self._base(opened)
+        base = opened.base
         if only is None:
             return self._load_all(opened, base, like, types, progress)
         if isinstance(only, str):
@@ -286,7 +286,7 @@ class Checkpoint:
     def _side(self) -> Side:
         opened = self._open()
         config = {name: decode(value) for name, value in self._vault.history().config.items()}
-        return Side(opened, self._base(opened), config, self.environment, self.metrics)
+        return Side(opened, opened.base, config, self.environment, self.metrics)
 
     def _check_live(self, history: History) -> None:
         if self.id not in history.live:
@@ -309,10 +309,6 @@ class Checkpoint:
         if self._opened is None:
             self._opened = open_checkpoint(self._vault, self._commit)
         return self._opened
-
-    def _base(self, opened: Opened) -> str:
-        """A checkpoint of an explicit state alone is that state; one of tracked objects is a dict of them."""
-        return STATE if opened.sections() == [STATE] else ""
 
     def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
         if base:

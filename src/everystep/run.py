@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 from everystep import adapters, rules
-from everystep.checkpoint import LOOP, RESERVED, RNG, STATE, Checkpoint
+from everystep.checkpoint import LOOP, RESERVED, RNG, Checkpoint
 from everystep.config import RunConfig
 from everystep.environment import differences, find_place, fingerprint
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
@@ -17,7 +17,7 @@ from everystep.lineage import check_whole, chosen, find_origin, write_rewind
 from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
 from everystep.past import PastRun
-from everystep.restore import open_checkpoint, place_tracked
+from everystep.restore import STATE, open_checkpoint, place_tracked
 from everystep.save import Saved, Writer, snapshot, take_run
 from everystep.save.bases import Leaning
 from everystep.save.commit import check_fence

@@ -18,8 +18,8 @@ from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, flatten, paths_of, select, unflatten
 from everystep.seam import REAL, Seam
 
-STATE, LOOP = "state", "loop"
-"""Entries of a checkpoint: the explicit state, and the place of the loop, which nobody asks for."""
+LOOP = "loop"
+"""The entry of a checkpoint with the place of the loop, which nobody asks for."""
 _LENGTH = 8
 
 
@@ -86,7 +86,7 @@ def _metadata(step: int | None, metrics: Mapping[str, Any] | None) -> dict[str, 
 
 def _of_opened(opened: Opened, only: str | None, progress: Progress | None) -> Any:
     """What a load gives: of a checkpoint that holds an explicit state alone, that state and the paths in it."""
-    base = STATE if opened.sections() == [STATE] else ""
+    base = opened.base
     if only is None:
         state = opened.build(base, progress=progress)
         if not base:

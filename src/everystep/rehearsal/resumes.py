@@ -183,7 +183,7 @@ class _Trial:
     def _differing(self, one: Checkpoint, other: Checkpoint) -> list[Differing]:
         """All that is not the same, weights first, but what may differ."""
         sides = [Side(checkpoint._open(), "", {}, {}, {}) for checkpoint in (one, other)]
-        base = one._base(sides[0].opened)
+        base = sides[0].opened.base
         difference = compare(*sides, only=None, progress=None)
         roles = {leaf.path: leaf.role for side in reversed(sides) for leaf in side.opened.leaves()}
         found = [

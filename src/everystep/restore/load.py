@@ -149,6 +149,11 @@ class Opened:
         """The names of what was tracked and given, without those that the run adds itself."""
         return [name for name in self.names() if name not in SECTIONS_OF_OURS]
 
+    @property
+    def base(self) -> str:
+        """A checkpoint of an explicit state alone is that state; one of tracked objects is a dict of them."""
+        return STATE if self.sections() == [STATE] else ""
+
     def _select(self, path: str) -> Tree:
         """The part of the first rank's tree.
 
@@ -158,10 +163,11 @@ class Opened:
         try:
             return select(self.tree, path)
         except NotFound as error:
-            if not path.startswith(f"{STATE}/") or self.sections() != [STATE]:
+            if not self.base or not path.startswith(f"{self.base}/"):
                 raise
-            asked = path.removeprefix(f"{STATE}/")
-            raise NotFound(f"no path {asked!r} in this checkpoint", do=error.do.replace(f" {STATE}/", " ")) from error
+            asked = path.removeprefix(f"{self.base}/")
+            do = error.do.replace(f" {self.base}/", " ")
+            raise NotFound(f"no path {asked!r} in this checkpoint", do=do) from error
 
     def _trees(self, path: str) -> list[Tree]:
         """The part under a path, of every rank that has one, as far as it is still there."""

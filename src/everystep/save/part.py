@@ -147,15 +147,11 @@ class PartWriter:
 
     def page(self, body: bytes | memoryview) -> Where:
         """Adds a page to the manifest's pack, or answers where an equal one lies already."""
-        data = np.frombuffer(body, np.uint8)
-        hash = blake3(data).hexdigest()
+        hash = blake3(body).hexdigest()
         if hash in self._known.pages:
             self._next.pages[hash] = self._known.pages[hash]
             return self._known.pages[hash]
-        s = self._settings
-        codec, pieces = codecs.encode(data, "|u1", s.zstd_level, s.sample_bytes, s.worth_ratio)
-        slot = self._manifest.add(pieces)
-        return Where(HERE, 0, slot.offset, slot.length, data.nbytes, codec, hash)
+        return self._manifest.add_page(body, hash)[0]
 
     def close(self) -> Stored:
         """Stores the manifest's pack; from here on every name is known."""

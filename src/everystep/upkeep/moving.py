@@ -124,7 +124,8 @@ class Mover:
     def _copy_page(self, page: Where, emptied: Emptied, name: str) -> tuple[Where, Slot | None]:
         if PackName(page.writer, page.number) not in emptied.packs:
             return page, None
-        return self._attachments.add_page(self._vault.read_pages([page], f"{self._vault.where} attachment {name}"))
+        body = self._vault.read_pages([page], f"{self._vault.where} attachment {name}")
+        return self._attachments.add_page(body, page.blake3)
 
     # one rank's part
 
@@ -182,7 +183,7 @@ class _Pages:
 
     def add(self, body: bytes) -> Where:
         hash = blake3(body).hexdigest()
-        return self._find(hash) or self._fresh.setdefault(hash, self.packs.add_page(body)[0])
+        return self._find(hash) or self._fresh.setdefault(hash, self.packs.add_page(body, hash)[0])
 
     def carry(self, page: Where, read: Callable[[Where], bytes]) -> Where:
         """A page that stays as it is."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from everystep import codecs
 from everystep.errors import ReadOnly, StorageError, StorageFull
@@ -79,12 +78,16 @@ class PackWriter:
         self._open.nbytes += length
         return slot
 
-    def add_page(self, body: bytes) -> tuple[Where, Slot]:
-        """Adds a page of a manifest; its place does not name the pack, which has no name before `flush`."""
+    def add_page(self, body: bytes | memoryview, hash: str) -> tuple[Where, Slot]:
+        """Adds a page of a manifest; its place does not name the pack, which has no name before `flush`.
+
+        Args:
+            hash: BLAKE3 of the body.
+        """
         data, s = np.frombuffer(body, np.uint8), self._settings
         codec, pieces = codecs.encode(data, "|u1", s.zstd_level, s.sample_bytes, s.worth_ratio)
         slot = self.add(pieces)
-        return Where(HERE, 0, slot.offset, slot.length, data.nbytes, codec, blake3(data).hexdigest()), slot
+        return Where(HERE, 0, slot.offset, slot.length, data.nbytes, codec, hash), slot
 
     def flush(self) -> None:
         """Stores the pack that is being filled, durably.
