@@ -45,15 +45,26 @@ def encode(
     return PLANES, pieces
 
 
-def decode(codec: int, stored: memoryview, nbytes: int, base: Array | None = None) -> Array:
+def decode(
+    codec: int, stored: memoryview, nbytes: int, base: Array | None = None, out: Array | None = None
+) -> Array:
     """The flat uint8 array of `nbytes` that was encoded.
 
     Args:
         base: what it was encoded against, for a delta.
+        out: memory for the result, which may be that of the base.
 
     Raises:
         Damaged: if the stored bytes cannot be what `encode` made.
     """
+    data = _decode(codec, stored, nbytes, base)
+    if out is None:
+        return data
+    out[:] = data
+    return out
+
+
+def _decode(codec: int, stored: memoryview, nbytes: int, base: Array | None) -> Array:
     if codec == RAW:
         if len(stored) != nbytes:
             raise Damaged(f"a raw chunk of {len(stored)} bytes where {nbytes} belong")
