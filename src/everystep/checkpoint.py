@@ -149,9 +149,9 @@ class Checkpoint:
             return self._load_all(opened, base, like, types, progress)
         if isinstance(only, str):
             return opened.build(_below(opened, base, only), like=like, types=types, progress=progress)
-        return {
-            path: opened.build(_below(opened, base, path), like=like, types=types, progress=progress) for path in only
-        }
+        inside = {path: _below(opened, base, path) for path in only}
+        built = opened.build_all(list(inside.values()), like=like, types=types, progress=progress)
+        return {path: built[inside[path]] for path in inside}
 
     def summarize(self, *, only: str | None = None, progress: Progress | None = None) -> dict[str, LeafSummary | None]:
         """Norm, mean, range and what is not finite of every leaf, by path; None for leaves that hold no numbers.

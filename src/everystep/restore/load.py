@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, TypeVar
 
 import msgspec
@@ -50,9 +50,11 @@ class Opened:
 
     def names(self, base: str = "") -> list[str]:
         """The names of the state's sections, or of those below a path, as far as they are still there."""
-        tree = without(self.tree, "", _is_optimizer, ("", STATE)) if self.thin else self.tree
         above = f"{base}/" if base else ""
-        paths = [path for path, _, _ in paths_of(tree)] if tree is not None else []
+        paths = list(self.manifest.views[0].paths)
+        if self.thin:
+            tree = without(self.tree, "", _is_optimizer, ("", STATE))
+            paths = [path for path, _, _ in paths_of(tree)] if tree is not None else []
         below = [path.removeprefix(above) for path in paths if path.startswith(above)]
         return [path for path in below if path and "/" not in path]
 
@@ -74,16 +76,31 @@ class Opened:
             NotFound: naming the nearest paths.
             Damaged: if a byte of it is not what was saved.
         """
+        return self.build_all([path], like=like, types=types, progress=progress)[path]
+
+    def build_all(
+        self,
+        paths: Sequence[str],
+        *,
+        like: str = "numpy",
+        types: Sequence[type] = (),
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """path -> the part of the state under it, as `build` gives it; all read at once. No two share memory."""
         if like not in LIKES:
             raise UsageError(f"like={like!r} is not known", do=f"one of {', '.join(LIKES)}")
-        trees = self._trees(path)
-        leaves = {tree.leaves[node[1]].path for tree in trees for node in tree.nodes if node[0] == "leaf"}
-        data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, leaves, pool, progress))
-        built = [_build(tree, data, like, types) for tree in trees]
-        whole = built[0]
-        for other in built[1:]:
-            whole = _merge(whole, other)
-        return whole
+        trees = {path: self._trees(path) for path in paths}
+        names = {path: {leaf.path for tree in found for leaf in _leaves(tree)} for path, found in trees.items()}
+        wanted = set[str]().union(*names.values())
+        data: dict[str, np.ndarray[Any, Any]] = {}
+        if wanted:
+            data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, wanted, pool, progress))
+        built, unused = {}, set(wanted)
+        for path, found in trees.items():
+            own = {name: data[name] if name in unused else data[name].copy() for name in names[path]}
+            unused -= names[path]
+            built[path] = reduce(_merge, [_build(tree, own, like, types) for tree in found])
+        return built
 
     def leaves(self) -> list[Leaf]:
         """Every leaf of every rank that is still there; one of several ranks once."""
@@ -138,8 +155,8 @@ class Opened:
     def _verify(self, pool: Pool, progress: Progress | None) -> int:
         total = 0
         for view in self.manifest.views:
-            for group in self._vault.read_chunks(view, view.there(thin=self.thin), pool):
-                nbytes = sum(data.nbytes for _, data in group)
+            for done in self._vault.read_chunks(view, view.there(thin=self.thin), pool):
+                nbytes = sum(view.layout.chunks[index].nbytes for index in done)
                 total += nbytes
                 if progress is not None:
                     progress(nbytes)
@@ -171,8 +188,8 @@ class Opened:
 
     def _trees(self, path: str) -> list[Tree]:
         """The part under a path, of every rank that has one, as far as it is still there."""
-        having = [view.tree for view in self.manifest.views if any(name == path for name, _, _ in paths_of(view.tree))]
-        trees = [select(tree, path) for tree in having] or [self._select(path)]
+        spans = [(view.tree, view.paths[path]) for view in self.manifest.views if path in view.paths]
+        trees = [replace(tree, nodes=tree.nodes[start:end]) for tree, (start, end) in spans] or [self._select(path)]
         if not self.thin:
             return trees
         kept = [without(tree, path, _is_optimizer, ("", STATE)) for tree in trees]
@@ -197,6 +214,14 @@ class Opened:
                 self._commit, views = again._commit, again.manifest.views
                 mine = tuple(view for view in views if self._rank in (None, view.rank))
                 self.manifest = replace(again.manifest, views=mine)
+
+
+def _leaves(tree: Tree) -> Iterator[Leaf]:
+    for node in tree.nodes:
+        if node[0] == "leaf":
+            if type(node[1]) is not int or not 0 <= node[1] < len(tree.leaves):
+                raise Damaged("a node points outside its table", do="run fsck")
+            yield tree.leaves[node[1]]
 
 
 def _is_optimizer(leaf: Leaf) -> bool:

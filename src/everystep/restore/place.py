@@ -37,12 +37,13 @@ def place_tracked(
     report.missing += [join("", name) for name in tracked if join("", name) not in names]
     if whole:
         report.unexpected += [name for name in names if name not in {join("", key) for key in tracked}]
+    inside = {join("", name): f"{base}/{join('', name)}" if base else join("", name) for name in tracked}
+    states = opened.build_all([inside[name] for name in inside if name in names], like="saved", progress=progress)
     places = []
     for name, target in tracked.items():
         path = join("", name)
         if path in names:
-            state = opened.build(f"{base}/{path}" if base else path, like="saved", progress=progress)
-            places.append(adapters.apply(target, state, path, tracked, report))
+            places.append(adapters.apply(target, states.pop(inside[path]), path, tracked, report))
     if strict and not report.complete:
         raise Mismatch(
             f"the checkpoint does not fit what it is loaded into; nothing was changed\n{report}",

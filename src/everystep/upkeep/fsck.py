@@ -192,8 +192,8 @@ def _read(
 ) -> None:
     for view in vault.manifest(commit).views:
         chosen = chunks.choose(view, thin=thin) if chunks is not None else {}
-        for group in vault.read_chunks(view, list(chosen), pool):
-            for index, chunk in group:
-                report.bytes_read += chunk.nbytes
+        for done in vault.read_chunks(view, list(chosen), pool, every_link=True):
+            for index in done:
+                report.bytes_read += view.layout.chunks[index].nbytes
                 assert chunks is not None
                 chunks.settle(chosen[index])

@@ -12,7 +12,7 @@ import numpy as np
 from blake3 import blake3
 
 from everystep.errors import Damaged, NewerFormat
-from everystep.schema import Box, Layout, Leaf, Tree, lay_out
+from everystep.schema import Box, Layout, Leaf, Tree, lay_out, paths_of
 from everystep.schema.dtype import parse
 from everystep.settings import FORMAT
 from everystep.vault.lines import parse_json
@@ -172,6 +172,11 @@ class PartView:
     base_hashes: np.ndarray[Any, Any]
     _linked: dict[int, Spot] = field(default_factory=dict, repr=False, compare=False)
 
+    @cached_property
+    def paths(self) -> dict[str, tuple[int, int]]:
+        """Path -> its node, and the one behind its last descendant."""
+        return {path: (start, end) for path, start, end in paths_of(self.tree)}
+
     def there(self, *, thin: bool) -> list[int]:
         """The chunks that are still there: of a thinned checkpoint, those without optimizer state."""
         streams, chunks = self.layout.streams, self.layout.chunks
@@ -182,20 +187,20 @@ class PartView:
         return self._link(self.spots[index], self.hashes[index].tobytes())
 
     def _link(self, row: np.void, hash: bytes) -> Spot:
-        pack, depth, base = int(row["pack"]), int(row["depth"]), int(row["base"])
+        pack, offset, length, codec, depth, base = row.item()
         if pack >= len(self.placement.packs):
             raise Damaged("a chunk points to a pack that its manifest does not list", do="run fsck")
         if depth > DEPTH_MAX or (base == NO_BASE) != (depth == 0) or (depth and base >= len(self.bases)):
             raise Damaged("a chunk leans on a base that its manifest does not list", do="run fsck")
         return Spot(
-            PackName(*self.placement.packs[pack]), int(row["offset"]), int(row["length"]), int(row["codec"]), hash,
+            PackName(*self.placement.packs[pack]), offset, length, codec, hash,
             self._base(base, depth - 1) if depth else None,
         )  # fmt: skip
 
     def _base(self, index: int, depth: int) -> Spot:
         """Each base has one link less behind it than what leans on it: no chain has an end of its own in front."""
         row = self.bases[index]
-        if int(row["depth"]) != depth:
+        if row["depth"] != depth:
             raise Damaged("a chain of bases of another length than its manifest says", do="run fsck")
         if index not in self._linked:
             self._linked[index] = self._link(row, self.base_hashes[index].tobytes())

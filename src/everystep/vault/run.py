@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +18,10 @@ from everystep.vault.log import Log, OpenTerm
 from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
 from everystep.vault.names import PackName, pack_key, run_folder
 from everystep.vault.place import Place
+from everystep.vault.reader import Reader, Sink
 from everystep.vault.record import Open, Where
 
 Array = np.ndarray[Any, Any]
-READ_BYTES_MAX = 16 << 20
-# Below that a request of its own costs more than another thread gains.
-READ_BYTES_SHARED = 1 << 20
-GAP_BYTES_MAX = 64 << 10
 PAGE_BYTES_MAX = 1 << 28
 
 
@@ -120,71 +117,27 @@ class RunVault:
             out += memoryview(data)
         return bytes(out)
 
-    def read_chunks(self, view: PartView, indices: Sequence[int], pool: Pool) -> Iterator[list[tuple[int, Array]]]:
-        """Verified plain bytes of chunks, in groups that lie together and are read in one piece, in parallel."""
-        spots = [(view.spot(index), index) for index in indices]
-        share = sum(spot.length for spot, _ in spots) // (2 * self.settings.workers)
-        limit = min(READ_BYTES_MAX, max(share, READ_BYTES_SHARED))
-        groups = list(_coalesce(sorted(spots, key=lambda pair: (pair[0].pack, pair[0].offset)), limit))
-        yield from pool.map(lambda group: self._read_group(view, group), groups, 2 * self.settings.workers)
+    def read_chunks(
+        self, view: PartView, indices: Sequence[int], pool: Pool, sink: Sink | None = None, *, every_link: bool = False
+    ) -> Iterator[list[int]]:
+        """Reads and verifies chunks in parallel, into the sink if there is one; the numbers of those that are done.
+
+        Args:
+            every_link: also what they lean on is held against its hash, which says nothing of these bytes.
+        """
+        reader = Reader(self.storage, self.folder)
+        if not self.settings.readers:
+            yield from reader.read(view, indices, pool, sink, every_link=every_link)
+            return
+        with closing(self.seam.pool(self.settings.readers, "everystep-fetch")) as fetchers:
+            yield from reader.read(view, indices, pool, sink, every_link=every_link, fetchers=fetchers)
 
     def read_chunk(self, spot: Spot, nbytes: int) -> Array:
-        """The verified plain bytes of one chunk."""
-        return self._read_spots([(spot, nbytes)])[0]
+        """The plain bytes of one chunk; it and all that it leans on are verified."""
+        return Reader(self.storage, self.folder).checked([(spot, nbytes)])[0]
 
     def read_stored(self, wanted: list[tuple[Spot, int]]) -> list[memoryview]:
         """Chunks as they are stored, given with their plain lengths; each is verified as what it decodes to."""
         stored: dict[int, memoryview] = {}
-        self._read_spots(wanted, stored)
+        Reader(self.storage, self.folder).checked(wanted, stored)
         return [stored[i] for i in range(len(wanted))]
-
-    def _read_group(self, view: PartView, group: list[tuple[Spot, int]]) -> list[tuple[int, Array]]:
-        plain = self._read_spots([(spot, view.layout.chunks[index].nbytes) for spot, index in group])
-        return [(index, data) for (_, index), data in zip(group, plain)]
-
-    def _read_spots(self, wanted: list[tuple[Spot, int]], encoded: dict[int, memoryview] | None = None) -> list[Array]:
-        """Verified plain bytes of chunks, given with their lengths; what they lean on is read and verified first.
-
-        Args:
-            encoded: gets the stored bytes of each, too.
-        """
-        leaning = [(spot.base, nbytes) for spot, nbytes in wanted if spot.base is not None]
-        bases = iter(self._read_spots(leaning) if leaning else [])
-        based = [(spot, nbytes, next(bases) if spot.base is not None else None) for spot, nbytes in wanted]
-        order = sorted(range(len(based)), key=lambda i: (based[i][0].pack, based[i][0].offset))
-        out: dict[int, Array] = {}
-        for group in _coalesce([(based[i][0], i) for i in order]):
-            first, last = group[0][0], max(spot.offset + spot.length for spot, _ in group)
-            stored = self.storage.get(pack_key(self.folder, first.pack), first.offset, last)
-            for spot, i in group:
-                at = spot.offset - first.offset
-                piece = stored[at : at + spot.length]
-                out[i] = self._decode(piece, *based[i])
-                if encoded is not None:
-                    encoded[i] = piece
-        return [out[i] for i in range(len(based))]
-
-    def _decode(self, stored: memoryview, spot: Spot, nbytes: int, base: Array | None) -> Array:
-        data = codecs.decode(spot.codec, stored, nbytes, base)
-        if blake3(data).digest() != spot.hash:
-            raise Damaged(
-                "a chunk is not what was saved",
-                where=f"{self.storage.url}/{pack_key(self.folder, spot.pack)} at {spot.offset}",
-                do="run fsck to see which checkpoints are whole, and load one of them",
-            )
-        return data
-
-
-def _coalesce(spots: list[tuple[Spot, int]], limit: int = READ_BYTES_MAX) -> Iterator[list[tuple[Spot, int]]]:
-    group: list[tuple[Spot, int]] = []
-    for spot, index in spots:
-        if group:
-            first, last = group[0][0], group[-1][0]
-            apart = spot.offset - (last.offset + last.length)
-            whole = spot.offset + spot.length - first.offset
-            if spot.pack != first.pack or apart > GAP_BYTES_MAX or whole > limit:
-                yield group
-                group = []
-        group.append((spot, index))
-    if group:
-        yield group
