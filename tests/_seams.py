@@ -39,7 +39,7 @@ class QuickSeam(Seam):
         self.slept += seconds
         assert self.slept < 24 * HOUR, "waits for ever"
 
-    def pool(self, workers: int, name: str) -> Any:
+    def pool(self, workers: int, name: str, begin: Callable[[], None] | None = None) -> Any:
         return InlinePool()
 
     def process(self) -> Process:

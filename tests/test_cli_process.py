@@ -58,7 +58,9 @@ def test_stdout_and_stderr_of_a_real_process(place: Path) -> None:
 
 def test_version_and_help() -> None:
     found = process("--version")
-    assert (found.returncode, found.stdout) == (0, f"everystep {everystep.__version__}\n")
+    assert (found.returncode, found.stdout) == (0, f"everystep {everystep.__version__} (kernel: {everystep.KERNEL})\n")
+    found = process("--version", env={"EVERYSTEP_KERNEL": "0"})
+    assert (found.returncode, found.stdout) == (0, f"everystep {everystep.__version__} (kernel: NumPy)\n")
     assert process().stdout == process("--help").stdout
 
 

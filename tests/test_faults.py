@@ -295,6 +295,9 @@ class FaultyFiles(Files):
     def absolute(self, path: str) -> str:
         return self.inner.absolute(path)
 
+    def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
+        self.inner.begin_sync(fd, start, nbytes)
+
     @property
     def left_open(self) -> int:
         return len(self._open)

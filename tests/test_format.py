@@ -748,7 +748,6 @@ HOSTILE: dict[str, Callable[[Forged], Any]] = {
     "a base behind the end of its pack": lambda forged: _put(forged.base, 1, 1 << 62),
     "a base of another length": lambda forged: _put(forged.base, slice(4), forged.spots[-1][:4]),
     "a base of an unknown codec": lambda forged: _put(forged.base, 3, 77),
-    "a base of another hash": lambda forged: _put(forged.hashes, forged.deep[5], bytes(32)),
     "a base without a hash": lambda forged: forged.hashes.pop(),
     "a hash without a base": lambda forged: forged.hashes.append(bytes(32)),
     "a chunk without a place": lambda forged: forged.spots.pop(),
@@ -768,6 +767,21 @@ def test_a_hostile_chain_is_damage(tmp_path: Path, change: Callable[[Forged], An
     for commit in other.live[:-1]:
         loaded = repo["run"].at(commit["step"]).load()
         assert list(make.told(loaded)) == list(make.told(other.load(commit)[0]["state"]))
+
+
+def test_a_base_of_another_hash_is_damage_that_a_load_does_not_need_to_see(tmp_path: Path) -> None:
+    """The chunk's own hash vouches for its bytes. What would be written against such a base is another matter."""
+    *before, last = _drifting(4)
+    save_all(tmp_path, *before, last, settings=SMALL)
+    _forge(tmp_path, lambda forged: _put(forged.hashes, forged.deep[5], bytes(32)))
+    repo = everystep.open(str(tmp_path))
+    checkpoint = repo["run"].at(4)
+    assert list(make.told(checkpoint.load())) == list(make.told(last))
+    assert [checked.step for checked in repo.check().checked if not checked.whole] == [4]
+    view = checkpoint._vault.manifest(checkpoint._commit).views[0]
+    deepest = max(range(len(view.layout.chunks)), key=lambda index: view.spot(index).depth)
+    with pytest.raises(everystep.Damaged, match="a chunk is not what was saved"):
+        checkpoint._vault.read_chunk(view.spot(deepest), view.layout.chunks[deepest].nbytes)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from everystep.analysis import LeafChange, LeafSummary, ValueChange
 from everystep.checkpoint import Checkpoint
+from everystep.codecs import KERNEL
 from everystep.difference import Difference
 from everystep.errors import (
     CheckpointRetired,
@@ -38,6 +39,7 @@ from everystep.settings import Settings
 from everystep.upkeep import Decision, Freed, Kept, Repacked, RunStats
 
 __all__ = [
+    "KERNEL",
     "Brought",
     "Checkpoint",
     "CheckpointRetired",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 from everystep import adapters, rules
-from everystep.checkpoint import LOOP, RESERVED, RNG, Checkpoint
+from everystep.checkpoint import LOOP, RNG, Checkpoint
 from everystep.config import RunConfig
 from everystep.environment import differences, find_place, fingerprint
 from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
@@ -18,15 +18,15 @@ from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
 from everystep.past import PastRun
 from everystep.restore import STATE, open_checkpoint, place_tracked
-from everystep.save import Saved, Writer, snapshot, take_run
+from everystep.save import Saved, Writer, take_run
 from everystep.save.bases import Leaning
 from everystep.save.commit import check_fence
 from everystep.save.owner import join_run
 from everystep.save.part import Known
-from everystep.save.roles import with_roles
 from everystep.save.writer import Job
-from everystep.schema import LoadReport, Roled
+from everystep.schema import LoadReport
 from everystep.schema.plain import check_text
+from everystep.tracking import Tracking
 from everystep.vault import Committed, History, Place, Term
 from everystep.vault.record import Close, Config, Metrics, Start
 
@@ -63,8 +63,7 @@ class Run(PastRun):
         self.stopped: str | None = None
         """Why the loop ended before its time: a signal's name, or "stop"; None otherwise."""
         self._when_busy, self._takeover = when_busy, takeover
-        self._tracked: dict[str, Any] = {}
-        self._with_rng = True
+        self._tracking = Tracking()
         self._new_config: dict[str, Any] = {}
         RunConfig({}, self._new_config).update(config)
         self._new_attachments: dict[str, bytes] = {}
@@ -82,18 +81,19 @@ class Run(PastRun):
 
     # what belongs to the run ---------------------------------------------------------------------------------------
 
-    def track(self, *, rng: bool = True, **objects: Any) -> Run:
+    def track(self, *, rng: bool = True, frozen: str | Collection[str] | None = None, **objects: Any) -> Run:
         """Names the objects whose state makes the run: modules, optimizers, anything with state_dict, generators,
         or (getter, setter) pairs. The random state of Python, NumPy and the framework comes along, unless `rng=False`.
+
+        Args:
+            frozen: "trusted": parameters that need no gradient are not copied while their pointer and version stand
+                still, and are compared in full every `frozen_check_every` saves. Or the names that these must lie
+                below: ("model.encoder",).
 
         Raises:
             Unsupported: for bare arrays, pytrees and numbers, which callers rebind.
         """
-        for name, target in objects.items():
-            if name in RESERVED:
-                raise UsageError(f"the name {name!r} is taken by everystep itself", do="track it under another name")
-            adapters.check_trackable(target, name)
-        new = [name for name in objects if name not in self._tracked]
+        new = self._tracking.add(objects, rng=rng, frozen=frozen)
         if self.report is not None and new:
             self._warn(f"{', '.join(new)}: tracked after the run was resumed, and left as it is; track before that")
         left = [text for name in new for text in adapters.not_captured(objects[name], name)]
@@ -102,9 +102,11 @@ class Run(PastRun):
                 f"not part of the checkpoints: {'; '.join(left)}. Fine if your program makes it again; else register "
                 "it so that it is in the state_dict, or track it by itself"
             )
-        self._tracked.update(objects)
-        self._with_rng = self._with_rng and rng
         return self
+
+    @property
+    def _tracked(self) -> dict[str, Any]:
+        return self._tracking.objects
 
     @property
     def config(self) -> RunConfig:
@@ -172,7 +174,9 @@ class Run(PastRun):
             writer.wait()
             writer.raise_failed()
         self._warn_of_new_line(writer, step)
-        taken = snapshot(self._capture(step, state), writer.arena, self._vault.settings)
+        tracking = self._tracking
+        taken = writer.snapshot(tracking.state(step, state, self._position()), tracking.declared())
+        self._say_notices(writer)
         if not self._foretold:
             self._foretold = True
             said = outlook(self._vault, self._active, self._rules, taken.layout, self._quota_bytes)
@@ -196,17 +200,6 @@ class Run(PastRun):
                 f"it goes up to step {latest.event.step}, and step {step} continues none of it: a new line begins "
                 "(resume() first, to go on from there)"
             )
-
-    def _capture(self, step: int, state: Any) -> dict[str, Any]:
-        whole: dict[str, Any] = {
-            name: adapters.capture(target, name, self._tracked) for name, target in self._tracked.items()
-        }
-        if state is not None:
-            whole[STATE] = with_roles(state)
-        if self._with_rng:
-            whole[RNG] = Roled("rng", adapters.random_state())
-        whole[LOOP] = Roled("rng", {**self._position(), "step": step})
-        return whole
 
     def _take_metrics(self, step: int | None, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """Metrics of the step itself; and events for other steps: of checkpoints that are there, or of none."""
@@ -309,14 +302,15 @@ class Run(PastRun):
         names = opened.names()
         mine = opened.of_rank(self.rank) or opened
         position = mine.build(LOOP, like="saved") if LOOP in names else {}
-        random = mine.build(RNG, like="saved") if RNG in names and self._with_rng else {}
+        random = mine.build(RNG, like="saved") if RNG in names and self._tracking.with_rng else {}
         report = place_tracked(opened, self._tracked, strict=strict, whole=STATE not in names, where=where)
-        if not self._with_rng or RNG not in names:
+        if not self._tracking.with_rng or RNG not in names:
             report.inexact.append("random states are not tracked (rng=False)")
         self.report, self._restored_position = report, position
         self._say_inexact([*adapters.set_random_state(random), *self._surroundings(commit)])
         # A log with damage may hide what was condemned: then nothing is referenced.
         writer.parent = commit.event.id
+        writer.frozen.forget()
         writer.term.steps.clear()  # from here on, steps that were saved before may come out different
         writer.known = Known() if self._history().damaged else Known.of(opened.manifest)
         return commit.event.step

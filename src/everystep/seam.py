@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import queue
 import signal
@@ -13,12 +14,15 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 R = TypeVar("R")
+SYNC_FILE_RANGE_WRITE = 2
+NICE_MAX = 19
 
 
 class Files:
@@ -35,6 +39,13 @@ class Files:
 
     def read(self, fd: int, into: memoryview, offset: int) -> int:
         return os.preadv(fd, [into], offset)
+
+    def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
+        """Has the system begin to write these bytes to the disk, where it can be asked to. Whether they got there is
+        what `fsync` says."""
+        begin = _sync_file_range()
+        if begin is not None:
+            begin(fd, start, nbytes, SYNC_FILE_RANGE_WRITE)
 
     def fsync(self, fd: int) -> None:
         os.fsync(fd)
@@ -100,16 +111,22 @@ class Process:
 
 
 class Pool:
-    """A fixed set of daemon threads; unlike an executor, it takes work while the interpreter shuts down."""
+    """A fixed set of daemon threads; unlike an executor, it takes work while the interpreter shuts down.
 
-    def __init__(self, workers: int, name: str) -> None:
-        self.workers = workers
+    Args:
+        begin: called by each thread before its first job.
+    """
+
+    def __init__(self, workers: int, name: str, begin: Callable[[], None] | None = None) -> None:
+        self.workers, self._begin = workers, begin
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(workers)]
         for thread in self._threads:
             thread.start()
 
     def _work(self) -> None:
+        if self._begin is not None:
+            self._begin()
         while (job := self._jobs.get()) is not None:
             job()
 
@@ -118,7 +135,7 @@ class Pool:
         self._jobs.put(task.run)
         return task
 
-    def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
+    def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
         """Results in the order of the items, at most `window` of them under way or unread; the first error ends it."""
         pending: deque[Task[R]] = deque()
         try:
@@ -196,8 +213,27 @@ class Seam:
         thread.start()
         return thread
 
-    def pool(self, workers: int, name: str) -> Pool:
-        return Pool(workers, name)
+    def pool(self, workers: int, name: str, begin: Callable[[], None] | None = None) -> Pool:
+        return Pool(workers, name, begin)
+
+    def step_back(self, nice: int) -> None:
+        """Lowers the priority of the calling thread, for good, where threads have one each: `nice` as of the command
+        of that name. Where they have not, nothing happens."""
+        if not nice or not sys.platform.startswith("linux"):
+            return
+        thread = threading.get_native_id()
+        try:
+            os.setpriority(os.PRIO_PROCESS, thread, min(os.getpriority(os.PRIO_PROCESS, thread) + nice, NICE_MAX))
+        except OSError:
+            return  # a system that does not let it: the thread keeps the priority that it has
+
+    def memory(self) -> int | None:
+        """Bytes of memory that this process may hold, by the machine or its control group; None if nobody says."""
+        try:
+            machine = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        except (AttributeError, ValueError, OSError):
+            machine = []
+        return min([*machine, *_memory_limits()], default=None)
 
     def condition(self) -> threading.Condition:
         return threading.Condition()
@@ -345,6 +381,33 @@ class Seam:
                     signal.signal(number, earlier if earlier is not None else signal.SIG_DFL)
 
         return restore
+
+
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    """The system's own call; Python has none. It runs without the interpreter lock."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        found = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return cast(Callable[[int, int, int, int], int], found)
+
+
+def _memory_limits() -> Iterator[int]:
+    """What the control groups of this process, and those around them, may hold."""
+    for line in _text("/proc/self/cgroup").splitlines():
+        _, kinds, path = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, name = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if kinds else ("/sys/fs/cgroup", "memory.max")
+        parts = path.strip("/").split("/")
+        for count in range(len(parts), -1, -1):
+            text = _text("/".join([root, *parts[:count], name]))
+            if text.isdigit():
+                yield int(text)
 
 
 def _text(path: str) -> str:

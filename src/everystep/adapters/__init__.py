@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -33,6 +33,9 @@ class Adapter(Protocol):
     ) -> Place | None: ...
     def view(self, payload: Any) -> np.ndarray[Any, Any] | None: ...
     def copy(self, payload: Any, target: np.ndarray[Any, Any]) -> None: ...
+    def cut(self, payload: Any, start: int, stop: int) -> Any: ...
+    def standing(self, targets: Iterable[Any]) -> set[Hashable]: ...
+    def mark(self, payload: Any, declared: Collection[Hashable]) -> Hashable: ...
     def not_captured(self, target: Any, path: str) -> list[str]: ...
     def fence(self) -> None: ...
     def world(self) -> tuple[int, int] | None: ...
@@ -103,6 +106,23 @@ def copy(payload: Any, target: np.ndarray[Any, Any]) -> None:
         np.copyto(target, source)
     else:
         payload.adapter.copy(payload.payload, target)
+
+
+def cut(payload: Any, start: int, stop: int) -> Any:
+    """The part of an array that lies at these bytes, for `copy`; None where they do not lie one behind the other."""
+    part = payload.adapter.cut(payload.payload, start, stop)
+    return None if part is None else Held(payload.adapter, part)
+
+
+def standing(targets: Iterable[Any]) -> set[Hashable]:
+    """What of the tracked objects nothing trains: what `mark` is asked about."""
+    return {memory for adapter in active() for memory in adapter.standing(targets)}
+
+
+def mark(payload: Any, declared: Collection[Hashable]) -> Hashable:
+    """Equal as long as a declared array lies where it lay, and no operation that counts has written to it; None for
+    one that is not declared, or that nothing vouches for."""
+    return None if isinstance(payload, bytes) else payload.adapter.mark(payload.payload, declared)
 
 
 def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -182,6 +182,18 @@ def copy(payload: Array, target: Array) -> None:
     void = np.dtype((np.void, payload.dtype.itemsize))
     dtype = payload.dtype if payload.dtype.kind in "biu" and payload.dtype.names is None else void
     np.copyto(target.view(dtype).reshape(payload.shape), payload.view(dtype))
+
+
+def cut(payload: Array, start: int, stop: int) -> Array | None:
+    return None  # what lies one behind the other can be viewed
+
+
+def standing(targets: Iterable[Any]) -> set[Hashable]:
+    return set()
+
+
+def mark(payload: Array, declared: Collection[Hashable]) -> Hashable:
+    return None  # nothing counts what is written to an array
 
 
 def not_captured(target: Any, path: str) -> list[str]:

@@ -13,6 +13,10 @@ import numpy as np
 import torch
 
 from everystep.adapters import torch_optim
+from everystep.adapters.torch_memory import PLAIN, identity, memory
+from everystep.adapters.torch_memory import cut as cut
+from everystep.adapters.torch_memory import mark as mark
+from everystep.adapters.torch_memory import standing as standing
 from everystep.errors import Damaged, Mismatch, Unsupported
 from everystep.schema import Composite, Described, Leaf, LoadReport, Roled
 from everystep.schema.dtype import name_of
@@ -49,7 +53,6 @@ _CONSTANTS: dict[str, Any] = {
 _CONSTANT_NAMES = {value: name for name, value in _CONSTANTS.items()}
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "vulkan", "meta", "privateuseone")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SHARED = frozenset(dtype for dtype, disk in _DISK_NAMES.items() if disk[0] in "<|")
 
 
@@ -90,14 +93,14 @@ def _tensor(value: Tensor, path: str) -> Described | Composite:
             where=path,
             do="gather the parameters before the save",
         )
-    return Described(name, shape, KINDS[0], value.detach() if value.requires_grad else value, _memory(value))
+    return Described(name, shape, KINDS[0], value.detach() if value.requires_grad else value, memory(value))
 
 
 def _refuse(value: Tensor, path: str) -> None:
     kind = type(value)
     if value.is_nested:
         raise Unsupported("a nested tensor has no form on disk", where=path, do="save x.unbind() as a list of tensors")
-    if kind not in _PLAIN:
+    if kind not in PLAIN:
         if torch.nn.parameter.is_lazy(value):
             raise Unsupported(
                 "a deferred parameter has no shape yet", where=path, do="run one forward pass before saving or loading"
@@ -111,20 +114,6 @@ def _refuse(value: Tensor, path: str) -> None:
         raise Unsupported(
             "a tensor on the meta device has no data", where=path, do="give it memory: to_empty(), then fill"
         )
-
-
-def _identity(value: Any) -> Hashable:
-    """Equal for two names of one memory; an empty tensor has no memory to share."""
-    if type(value) not in _PLAIN or value.layout is not torch.strided or value.is_quantized or not value.numel():
-        return None
-    return _memory(value)
-
-
-def _memory(value: Tensor) -> Hashable:
-    # Not value.data_ptr(): where a storage's address is a handle (MPS), address plus offset may be another's handle.
-    start = value.untyped_storage().data_ptr()
-    where = value.device, start, value.storage_offset(), value.shape, value.stride()
-    return ("torch", *where, value.dtype, value.is_conj(), value.is_neg()) if start else None
 
 
 def _quantized(value: Tensor, path: str) -> Composite:
@@ -330,10 +319,10 @@ def _capture_module(module: torch.nn.Module, path: str) -> dict[str, Roled] | No
         ("weights", module.named_parameters(remove_duplicate=False)),
     ):
         for key, value in members:
-            roles[key] = roles[_identity(value)] = role
+            roles[key] = roles[identity(value)] = role
     roles[None] = "other"
     return {
-        name: Roled(roles.get(key) or roles.get(_identity(value), "other"), value)
+        name: Roled(roles.get(key) or roles.get(identity(value), "other"), value)
         for name, (key, value) in found[0].items()
     }
 
@@ -349,21 +338,21 @@ def _apply_module(module: torch.nn.Module, state: Any, path: str, report: LoadRe
     own, versions = found
     given = {name: state[key] for key, name in torch_optim.canonical(state).items()}
     fitting: dict[str, Any] = OrderedDict()
-    memory: dict[Hashable, Any] = {}
+    seen: dict[Hashable, Any] = {}
     saved: dict[int, tuple[str, Hashable]] = {}
     for name, (key, current) in own.items():
         if name not in given:
             report.missing.append(join(path, name))
             continue
         value = _fit(current, given[name]) if isinstance(current, Tensor) else given[name]
-        tied = memory.setdefault(_identity(current), value) if _identity(current) else value
+        tied = seen.setdefault(identity(current), value) if identity(current) else value
         if (value is None and isinstance(current, Tensor)) or not _same(tied, value):
             report.reshaped.append(join(path, name))
         else:
             report.loaded.append(join(path, name))
             fitting[key] = value
-            first, place = saved.setdefault(id(value), (name, _identity(current)))
-            if isinstance(value, Tensor) and place != _identity(current):
+            first, place = saved.setdefault(id(value), (name, identity(current)))
+            if isinstance(value, Tensor) and place != identity(current):
                 report.inexact.append(f"{join(path, name)} was one tensor with {join(path, first)}, and is not here")
     report.unexpected += [join(path, name) for name in given if name not in own]
     fitting._metadata = versions  # type: ignore[attr-defined]
@@ -423,7 +412,7 @@ def not_captured(target: Any, path: str) -> list[str]:
     found = _entries(target, path) if isinstance(target, torch.nn.Module) else None
     if found is None:
         return []
-    kept = {key for key, _ in found[0].values()} | {_identity(value) for _, value in found[0].values()}
+    kept = {key for key, _ in found[0].values()} | {identity(value) for _, value in found[0].values()}
     return [
         f"{path}.{name}: {what}"
         for members, what in (
@@ -431,7 +420,7 @@ def not_captured(target: Any, path: str) -> list[str]:
             (target.named_parameters(remove_duplicate=False), "parameter that is not in the state_dict"),
         )
         for name, value in members
-        if name not in kept and (_identity(value) is None or _identity(value) not in kept)
+        if name not in kept and (identity(value) is None or identity(value) not in kept)
     ]
 
 

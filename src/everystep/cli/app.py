@@ -76,7 +76,7 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"everystep {everystep.__version__}")
+        typer.echo(f"everystep {everystep.__version__} (kernel: {everystep.KERNEL})")
         raise typer.Exit
 
 
@@ -109,7 +109,10 @@ def everystep_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout, an error too.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Show the version, and the kernel: C or NumPy.", callback=_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Look at, check and look after the checkpoints of training runs."""

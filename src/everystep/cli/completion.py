@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -31,7 +31,7 @@ complete -o default -F _everystep_completion everystep
 """
 
 
-class Shell(str, Enum):
+class Shell(StrEnum):
     """Those that a script is made for."""
 
     bash = "bash"

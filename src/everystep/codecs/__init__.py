@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from everystep.codecs import choice, delta, planes
+from everystep.codecs import choice, delta, packed, planes
+from everystep.codecs.kinds import DELTA, LEANING, NAMES, PACKED, PLANES, RAW, SPARSE
+from everystep.codecs.native import HAS_KERNEL, KERNEL
 from everystep.errors import Damaged
 
-RAW = 0
-PLANES = 1
-DELTA = 2
-NAMES = {RAW: "raw", PLANES: "planes", DELTA: "delta"}
+__all__ = ["DELTA", "HAS_KERNEL", "KERNEL", "LEANING", "NAMES", "PACKED", "PLANES", "RAW", "SPARSE", "decode", "encode"]
 Array = np.ndarray[Any, Any]
 
 
@@ -30,24 +29,21 @@ def encode(
     Args:
         dtype: the element type's name, a hint for the split into planes.
         level: of zstd.
-        sample_bytes, worth_ratio: a plane is kept raw unless a sample of it shrinks below this share.
+        sample_bytes, worth_ratio: a plane is kept raw unless a sample of it shrinks below this share; 0 bytes: all is.
         base: flat uint8 of equal length that decoding will have; others are not used.
         base_ratio: the base is used only where a sample comes below this share of standing alone.
     """
-    if base is not None and base.nbytes == data.nbytes > 0:
-        form = choice.delta_form(data, base, dtype, level, sample_bytes, base_ratio)
-        pieces = delta.encode(data, base, form, level, sample_bytes, worth_ratio) if form is not None else None
-        if pieces is not None and sum(map(len, pieces)) < data.nbytes:
-            return DELTA, pieces
+    if base is not None and base.nbytes == data.nbytes > 0 and sample_bytes > 0:
+        found = choice.against(data, base, dtype, level, sample_bytes, worth_ratio, base_ratio)
+        if found is not None and sum(map(len, found[1])) < data.nbytes:
+            return found
     pieces = planes.encode(data, planes.form_of(dtype, data.nbytes), level, sample_bytes, worth_ratio)
     if pieces is None or sum(map(len, pieces)) >= data.nbytes:
         return RAW, [memoryview(data)]
     return PLANES, pieces
 
 
-def decode(
-    codec: int, stored: memoryview, nbytes: int, base: Array | None = None, out: Array | None = None
-) -> Array:
+def decode(codec: int, stored: memoryview, nbytes: int, base: Array | None = None, out: Array | None = None) -> Array:
     """The flat uint8 array of `nbytes` that was encoded.
 
     Args:
@@ -57,22 +53,27 @@ def decode(
     Raises:
         Damaged: if the stored bytes cannot be what `encode` made.
     """
-    data = _decode(codec, stored, nbytes, base)
+    if codec in (PACKED, SPARSE):
+        into = np.empty(nbytes, np.uint8) if out is None else out
+        packed.unpack(stored, _there(base), into, sparse=codec == SPARSE)
+        return into
+    if codec == PLANES:
+        return planes.decode(stored, nbytes, out)
+    if codec == RAW:
+        if len(stored) != nbytes:
+            raise Damaged(f"a raw chunk of {len(stored)} bytes where {nbytes} belong")
+        data = np.frombuffer(stored, np.uint8)
+    elif codec == DELTA:
+        data = delta.decode(stored, _there(base), nbytes)
+    else:
+        raise Damaged(f"unknown codec {codec}", do="was it written by a newer everystep?")
     if out is None:
         return data
     out[:] = data
     return out
 
 
-def _decode(codec: int, stored: memoryview, nbytes: int, base: Array | None) -> Array:
-    if codec == RAW:
-        if len(stored) != nbytes:
-            raise Damaged(f"a raw chunk of {len(stored)} bytes where {nbytes} belong")
-        return np.frombuffer(stored, np.uint8)
-    if codec == PLANES:
-        return planes.decode(stored, nbytes)
-    if codec == DELTA:
-        if base is None:
-            raise Damaged("a delta without its base", do="run fsck")
-        return delta.decode(stored, base, nbytes)
-    raise Damaged(f"unknown codec {codec}", do="was it written by a newer everystep?")
+def _there(base: Array | None) -> Array:
+    if base is None:
+        raise Damaged("a delta without its base", do="run fsck")
+    return base

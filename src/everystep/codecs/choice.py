@@ -7,13 +7,39 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from everystep.codecs import delta, planes
+from everystep.codecs import delta, packed, planes
+from everystep.codecs.kinds import DELTA, PACKED, SPARSE
+from everystep.codecs.native import HAS_KERNEL
 
 Array = np.ndarray[Any, Any]
 # Below this share of raw it is not worth leaning on a base: 4 KiB of a chunk of 4 MiB.
 _GAIN_MIN = 0.001
 # Grouping costs as much time as all the rest. It takes 3 to 60 % off weights, and nothing off Adam's second average.
 _GROUPED_RATIO = 0.99
+
+
+# Above that the places of the changed words cost more than a code for those that stand still.
+_CHANGED_MAX = 0.25
+
+
+def against(
+    data: Array, base: Array, dtype: str, level: int, sample_bytes: int, worth_ratio: float, base_ratio: float
+) -> tuple[int, list[Any]] | None:
+    """(codec, pieces) of the smallest form against the base; None where standing alone costs about as little."""
+    form = delta.form_of(dtype, data.nbytes)
+    plan = packed.plan(data, base, form)
+    limit = min(base_ratio * plan.alone, plan.alone - _GAIN_MIN * data.nbytes)
+    if plan.changed <= _CHANGED_MAX:
+        sparse = packed.pack_sparse(data, base, form, int(_CHANGED_MAX * data.nbytes) // form.width)
+        if sparse is not None and len(sparse) <= min(limit, plan.packed):
+            return SPARSE, [sparse]
+    if HAS_KERNEL and (form.width > 1 or form.grouped):
+        body = packed.pack(plan, data, base) if plan.packed <= limit else None
+        return (PACKED, [body]) if body is not None else None
+    # Bytes of which nothing is known may repeat in ways that only zstd sees; and it is NumPy's fastest way.
+    found = delta_form(data, base, dtype, level, sample_bytes, base_ratio)
+    pieces = delta.encode(data, base, found, level, sample_bytes, worth_ratio) if found is not None else None
+    return (DELTA, pieces) if pieces is not None else None
 
 
 def delta_form(

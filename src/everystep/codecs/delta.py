@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import zstandard
 
-from everystep.codecs.planes import WORDS, Piece, join, read_row, shrink, split
+from everystep.codecs.planes import WORDS, Piece, compressors, join, read_row, shrink, split
 from everystep.errors import Damaged
 
 Array = np.ndarray[Any, Any]
@@ -70,8 +71,9 @@ def encode(
     if form.grouped:
         words, ends = _group(words, base, form)
     table, bodies = [], []
+    ways = compressors(level)
     for row in split(words):
-        how, body = _shrink(row, ends, level, sample_bytes, worth_ratio)
+        how, body = _shrink(row, ends, ways, sample_bytes, worth_ratio)
         table.append(_PLANE.pack(how, len(body)))
         bodies.append(body)
     if sum(map(len, bodies)) >= data.nbytes:
@@ -89,8 +91,8 @@ def decode(stored: memoryview, base: Array, nbytes: int) -> Array:
         raise Damaged(f"a base of {base.nbytes} bytes for a chunk of {nbytes}", do="run fsck")
     form, rows = _read(stored, nbytes)
     words = join(rows, form.width)
-    blocks = _ungrouped(words, base, form) if form.grouped else (words[part] for part in _blocks(words.size))
-    return _apply(blocks, base, form).view(np.uint8)
+    blocks = _ungrouped(words, base, form) if form.grouped else pieces(words)
+    return apply(blocks, base, form).view(np.uint8)
 
 
 # words and planes --------------------------------------------------------------------------------------------------
@@ -110,7 +112,7 @@ def residual(data: Array, base: Array, form: Form) -> Array:
     return out.view(WORDS[form.width])
 
 
-def _apply(blocks: Iterable[Array], base: Array, form: Form) -> Array:
+def apply(blocks: Iterable[Array], base: Array, form: Form) -> Array:
     """The data that `residual` turned into these blocks of words."""
     signed, top = np.dtype(f"<i{form.width}"), 8 * form.width - 1
     old = base.view(signed)
@@ -127,6 +129,11 @@ def _apply(blocks: Iterable[Array], base: Array, form: Form) -> Array:
         else:
             np.add(new, old[part], out=out[part])
     return out
+
+
+def pieces(words: Array) -> Iterator[Array]:
+    """Words as `apply` takes them."""
+    return (words[part] for part in _blocks(words.size))
 
 
 def _ordered(words: Array, top: int, flip: Array | None = None, out: Array | None = None) -> Array:
@@ -212,10 +219,12 @@ def _merge(totals: list[int]) -> list[int]:
     return [*ends[: -1 if last == totals[-1] else None], totals[-1]]
 
 
-def _shrink(row: Array, ends: list[int], level: int, sample_bytes: int, worth_ratio: float) -> tuple[int, Piece]:
+def _shrink(
+    row: Array, ends: list[int], ways: list[zstandard.ZstdCompressor], sample_bytes: int, worth_ratio: float
+) -> tuple[int, Piece]:
     if row.size and row[0] == row[-1] and (row == row[0]).all():
         return _CONSTANT, bytes(row[:1])
-    body = shrink(row, ends, level, sample_bytes, worth_ratio)
+    body = shrink(row, ends, ways, sample_bytes, worth_ratio)
     return (_RAW, memoryview(row)) if body is None else (_ZSTD, body)
 
 

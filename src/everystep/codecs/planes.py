@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from everystep.codecs.native import HAS_KERNEL, kernel
 from everystep.errors import Damaged
 
 Array = np.ndarray[Any, Any]
@@ -42,9 +43,10 @@ def encode(
     width, turn = form
     pieces: list[Piece] = [_HEAD.pack(width, turn, width)]
     gained = False
-    for row in split(turned(data, form)):
+    ways = compressors(level)
+    for row in rows_of(data, form):
         ends = [*range(_BLOCK_BYTES, row.size, _BLOCK_BYTES), row.size] if width > 1 else [row.size]
-        body = shrink(row, ends, level, sample_bytes, worth_ratio)
+        body = shrink(row, ends, ways, sample_bytes, worth_ratio)
         pieces.append(_PLANE.pack(body is not None, len(body) if body is not None else row.nbytes))
         pieces.append(body if body is not None else memoryview(row))
         gained = gained or body is not None
@@ -54,14 +56,17 @@ def encode(
 # one plane ---------------------------------------------------------------------------------------------------------
 
 
-def shrink(row: Array, ends: list[int], level: int, sample_bytes: int, worth_ratio: float) -> bytes | None:
+def shrink(
+    row: Array, ends: list[int], ways: list[zstandard.ZstdCompressor], sample_bytes: int, worth_ratio: float
+) -> bytes | None:
     """One zstd frame, or None where slices spread over a long row do not shrink below `worth_ratio`.
 
     Args:
         ends: where a block, and so a new set of symbol codes, begins; and last the row's end.
+        ways: the compressors to try on the sample.
     """
     sample = memoryview(spread(row, share_of(row.nbytes, sample_bytes)))
-    tried = [(len(compressor.compress(sample)), compressor) for compressor in compressors(level)]
+    tried = [(len(compressor.compress(sample)), compressor) for compressor in ways]
     size, best = min(tried, key=lambda pair: pair[0])
     if size > worth_ratio * sample.nbytes and row.nbytes > 2 * sample_bytes:
         return None
@@ -117,6 +122,16 @@ def turned(data: Array, form: tuple[int, bool]) -> Array:
     return (words << 1) | (words >> (8 * width - 1)) if turn else words
 
 
+def rows_of(data: Array, form: tuple[int, bool]) -> Array:
+    """Rows of bytes of equal significance, least significant first, of the data as turned words."""
+    width, turn = form
+    if not HAS_KERNEL:
+        return split(turned(data, form))
+    rows = np.empty((width, data.nbytes // width), np.uint8)
+    kernel.split(data, width, turn, rows)
+    return rows
+
+
 def split(words: Array) -> Array:
     """Rows of bytes of equal significance, least significant first."""
     width = words.dtype.itemsize
@@ -140,8 +155,8 @@ def join(rows: Sequence[Array], width: int) -> Array:
     return words
 
 
-def decode(stored: memoryview, nbytes: int) -> Array:
-    """The inverse of `encode`; time and memory are bounded by `nbytes`, whatever the stored bytes say."""
+def decode(stored: memoryview, nbytes: int, out: Array | None = None) -> Array:
+    """The inverse of `encode`, into `out` if given; time and memory are bounded by `nbytes`, whatever is stored."""
     try:
         width, turn, count = _HEAD.unpack_from(stored)
         if count != width or turn > 1 or width not in WORDS or nbytes % width:
@@ -159,10 +174,17 @@ def decode(stored: memoryview, nbytes: int) -> Array:
         raise Damaged("a chunk that ends early") from error
     if at != len(stored):
         raise Damaged("a chunk with bytes left over")
+    if HAS_KERNEL:
+        into = np.empty(nbytes, np.uint8) if out is None else out
+        kernel.join(tuple(rows), bool(turn), into)
+        return into
     words = join(rows, width)
     if turn:
         words = (words >> 1) | (words << (8 * width - 1))
-    return words.view(np.uint8)
+    if out is None:
+        return words.view(np.uint8)
+    out[:] = words.view(np.uint8)
+    return out
 
 
 def read_row(packed: bool, body: memoryview, size: int, count: int) -> Array:

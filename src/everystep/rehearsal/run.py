@@ -149,7 +149,7 @@ class RehearsedRun(Run):
             run=self.name,
             loop={Steps: "steps", Batches: "batches"}.get(type(self._loop), "by hand"),
             tracked={name: type(target).__name__ for name, target in self._tracked.items()},
-            rng=self._with_rng,
+            rng=self._tracking.with_rng,
             step_seconds=pace,
             planned=self._planned(pace),
             misfits=[f"{title}: {path}" for title in misfits for path in getattr(report, title)],

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from everystep.errors import Error
-from everystep.save.snapshot import Arena, Snapshot
+from everystep.save.arena import Array
+from everystep.save.memory import Memory
+from everystep.save.snapshot import Snapshot
 from everystep.schema import Layout
-from everystep.seam import Pool
 from everystep.settings import Settings
 from everystep.vault import Spot
 
-Array = np.ndarray[Any, Any]
 Read = Callable[[Spot, int], Array]
+# The best of the last few saves says what the store can do: any may have met a busy disk.
+RATES = 4
+# Less than that says how long a request takes.
+RATE_BYTES_MIN = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,12 @@ class Base:
 
 
 class Bases:
-    """Two arenas that take turns: one holds the base, the other takes the next snapshot."""
+    """What the next save leans on."""
 
-    def __init__(self, leaning: Leaning, settings: Settings, pool: Pool, read: Read) -> None:
+    def __init__(self, leaning: Leaning, settings: Settings, memory: Memory, read: Read) -> None:
         self.leaning = leaning
-        self._settings, self._read = settings, read
-        self._arenas = [Arena(pool), Arena(pool)]
+        self._settings, self._memory, self._read = settings, memory, read
+        self._rates: deque[float] = deque(maxlen=RATES)
         self.forget()
 
     def forget(self) -> None:
@@ -94,10 +97,10 @@ class Bases:
         self._chains = 0
 
     @property
-    def arena(self) -> Arena:
-        """Where the next snapshot goes: not where the base lies."""
-        held = self._base.snapshot if self._base is not None else None
-        return self._arenas[1] if held is not None and self._arenas[0].holds(held.data) else self._arenas[0]
+    def held(self) -> Array | None:
+        """The buffer in which the base lies: the next snapshot goes elsewhere."""
+        snapshot = self._base.snapshot if self._base is not None else None
+        return snapshot.data if snapshot is not None else None
 
     def offer(self, snapshot: Snapshot) -> Base | None:
         """What a save may lean on; None where it must stand alone."""
@@ -105,13 +108,25 @@ class Bases:
             return None
         if self.leaning.anchored:
             return self._base if self._since + 1 < self._settings.anchor_every else None
-        if self._chains + self._since < self._settings.base_depth_max:
+        depth_max = self._depth_max()
+        if self._chains + self._since < depth_max:
             return self._base
-        return self._first if self._chains + 1 < self._settings.base_depth_max else None
+        return self._first if self._chains < depth_max else None
+
+    def hear(self, nbytes: int, seconds: float) -> None:
+        """How long the store took for what a save brought it."""
+        if nbytes >= RATE_BYTES_MIN:
+            self._rates.append(nbytes / max(seconds, 1e-9))
+
+    def _depth_max(self) -> int:
+        """Behind a slow link a restore takes as long as its bytes, and each base adds half a state of them."""
+        slow = bool(self._rates) and max(self._rates) < self._settings.slow_bytes_per_second
+        return min(self._settings.base_depth_max, self._settings.base_depth_slow if slow else 60)
 
     def take(self, snapshot: Snapshot, spots: list[Spot], offered: Base | None) -> None:
         """A checkpoint has become durable: is it what the next leans on?"""
-        if not self.leaning.ratios or snapshot.layout.nbytes > self._settings.base_memory_bytes_max:
+        leans = self.leaning.ratios and self._settings.base_depth_max
+        if not leans or snapshot.in_place or not self._memory.has_room_for_base():
             self.forget()
             return
         starts = offered is None or (offered is self._first and offered is not self._base)

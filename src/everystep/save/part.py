@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from blake3 import blake3
 
 from everystep import codecs
-from everystep.errors import StorageError
+from everystep.save.arena import Array
 from everystep.save.bases import Base, Leaning
 from everystep.save.snapshot import Snapshot
 from everystep.seam import Pool
@@ -80,33 +81,83 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class _Form:
+    """A chunk as it is stored."""
+
+    codec: int
+    pieces: list[Any]
+    base: Spot | None
+
+
+@dataclass
 class _Encoded:
+    """A chunk on its way into a pack, or, if it is known, where it lies already.
+
+    What is written is let go: an attempt that failed is repeated with what `again` encodes, of the same snapshot. So
+    what a save holds does not grow with the packs that it fills.
+    """
+
     hash: bytes
-    known: Spot | None
+    known: Spot | None = None
+    form: _Form | None = None
+    again: Callable[[], _Form] | None = None
+    slot: Slot | None = None
     codec: int = codecs.RAW
-    pieces: list[Any] = field(default_factory=list)
     base: Spot | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.form.pieces)) if self.form is not None else 0
 
-@dataclass(frozen=True)
-class _Stowed:
-    """A chunk in a pack that may not have its name yet."""
-
-    encoded: _Encoded
-    slot: Slot
+    def pieces(self) -> list[Any]:
+        assert self.again is not None
+        form, self.form = self.form or self.again(), None
+        self.codec, self.base = form.codec, form.base
+        return form.pieces
 
     def spot(self) -> Spot:
-        found, slot = self.encoded, self.slot
-        return Spot(slot.name, slot.offset, slot.length, found.codec, found.hash, found.base)
+        """Its place, once the pack that it lies in has a name."""
+        if self.known is not None:
+            return self.known
+        assert self.slot is not None
+        return Spot(self.slot.name, self.slot.offset, self.slot.length, self.codec, self.hash, self.base)
+
+
+class _Coming:
+    """The encoded chunks as they come: those that lie nowhere yet go on, each once."""
+
+    def __init__(self, encoded: Iterator[tuple[int, _Encoded]]) -> None:
+        self._encoded = encoded
+        self._first: dict[bytes, _Encoded] = {}
+        self.found: dict[int, _Encoded] = {}
+        """By the number of the chunk."""
+
+    def up_to(self, count: int) -> Iterator[_Encoded]:
+        while len(self.found) < count:
+            index, one = next(self._encoded)
+            self.found[index] = first = self._first.setdefault(one.hash, one)
+            if first is one and one.known is None:
+                yield one
 
 
 class PartWriter:
-    """Writes the part of one rank for one save."""
+    """Writes the part of one rank for one save.
+
+    Args:
+        window: chunks that are encoded, or wait for the storage, at once.
+    """
 
     def __init__(
-        self, vault: RunVault, term: Term, known: Known, pool: Pool, base: Base | None = None, leaning: Leaning = ALONE
+        self,
+        vault: RunVault,
+        term: Term,
+        known: Known,
+        pool: Pool,
+        window: int,
+        base: Base | None = None,
+        leaning: Leaning = ALONE,
     ) -> None:
-        self._vault, self._known, self._pool = vault, known, pool
+        self._vault, self._known, self._pool, self._window = vault, known, pool, window
         self._base, self._leaning = base, leaning
         # What stood still leans on the anchor before: to refer to it would pin that one, and all before it.
         self._is_anchor = leaning.anchored and base is None
@@ -120,10 +171,8 @@ class PartWriter:
 
     def write(self, snapshot: Snapshot, rank: int) -> None:
         """Stores the chunks; the pages of the manifest wait for `close`."""
-        slots = self._write_chunks(snapshot)
-        self._optimizer.flush()
-        self._main.flush()
-        self._spots = [self._settle(slot) for slot in slots]
+        self._spots = self._write_chunks(snapshot)
+        self._next.chunks.update({spot.hash: spot for spot in self._spots})
         logical = self._draft_part(snapshot, rank)
         document = pack_halves(logical, self._placement)
         self._content = logical_hash(document)
@@ -172,42 +221,33 @@ class PartWriter:
 
     # chunks
 
-    def _write_chunks(self, snapshot: Snapshot) -> list[_Stowed | Spot]:
-        roles = self._roles = [snapshot.layout.streams[chunk.stream].role for chunk in snapshot.layout.chunks]
-        slots: list[_Stowed | Spot] = []
-        self._fresh: dict[bytes, _Stowed] = {}
-        self._whole = True
-        self._changed = all(stream.role == "rng" or not stream.nbytes for stream in snapshot.layout.streams)
-        encoded = self._pool.map(lambda i: self._encode(snapshot, i), range(len(roles)), 2 * self._settings.workers)
-        # One thread stores, in order, while the others encode the next pack.
-        ahead = 1 + self._settings.pack_bytes_max * len(roles) // max(snapshot.layout.nbytes, 1)
-        with closing(self._vault.seam.pool(1, "everystep-store")) as storing:
-            for slot, role in storing.map(self._store, zip(encoded, roles), ahead):
-                slots.append(slot)
-                self._changed = self._changed or (not isinstance(slot, Spot) and role != "rng")
-        return slots
-
-    def _store(self, item: tuple[_Encoded, str]) -> tuple[_Stowed | Spot, str]:
-        """Adds a chunk to its pack, once for all that are equal; in the storing thread."""
-        found, role = item
-        if found.known is not None:
-            return found.known, role
-        if not self._whole:
-            raise StorageError("a chunk before this one was not stored", where=self._vault.where)
-        if found.hash not in self._fresh:
-            self._whole = False
-            packs = self._optimizer if role == "optimizer" else self._main
-            self._fresh[found.hash] = _Stowed(found, packs.add(found.pieces))
-            found.pieces.clear()
-            self._whole = True
-        return self._fresh[found.hash], role
+    def _write_chunks(self, snapshot: Snapshot) -> list[Spot]:
+        """Where each chunk lies. Other threads encode what comes next while this one writes what is there."""
+        streams, chunks = snapshot.layout.streams, snapshot.layout.chunks
+        roles = self._roles = [streams[chunk.stream].role for chunk in chunks]
+        order = sorted(range(len(roles)), key=lambda index: roles[index] != "optimizer")
+        with closing(self._pool.map(lambda i: self._encode(snapshot, i), order, self._window)) as encoded:
+            coming = _Coming(zip(order, encoded))
+            self._optimizer.store(coming.up_to(roles.count("optimizer")))
+            self._main.store(coming.up_to(len(roles)))
+        found = coming.found
+        new = any(one.known is None and roles[index] != "rng" for index, one in found.items())
+        self._changed = new or all(stream.role == "rng" or not stream.nbytes for stream in streams)
+        return [found[index].spot() for index in range(len(roles))]
 
     def _encode(self, snapshot: Snapshot, index: int) -> _Encoded:
-        data = snapshot.chunk(index)
-        hash = blake3(data).digest()
+        hash, data = snapshot.hash_of(index), None
+        if hash is None:
+            data = snapshot.chunk(index)
+            hash = blake3(data).digest()
+            snapshot.note_hash(index, hash)
         known = self._known.chunks.get(hash)
         if known is not None and not (self._is_anchor and known.base is not None):
             return _Encoded(hash, known)
+        return _Encoded(hash, None, self._form(snapshot, index, data), lambda: self._form(snapshot, index))
+
+    def _form(self, snapshot: Snapshot, index: int, data: Array | None = None) -> _Form:
+        data = snapshot.chunk(index) if data is None else data
         stream = snapshot.layout.streams[snapshot.layout.chunks[index].stream]
         ratio = self._leaning.ratios.get(stream.role)
         s = self._settings
@@ -216,13 +256,7 @@ class PartWriter:
         codec, pieces = codecs.encode(
             data, stream.dtype, s.zstd_level, s.sample_bytes, s.worth_ratio, old, ratio or 0.0
         )
-        return _Encoded(hash, None, codec, pieces, base if codec == codecs.DELTA else None)
-
-    def _settle(self, slot: _Stowed | Spot) -> Spot:
-        """The place of a chunk, now that its pack has a name."""
-        spot = slot if isinstance(slot, Spot) else slot.spot()
-        self._next.chunks[spot.hash] = spot
-        return spot
+        return _Form(codec, pieces, base if codec in codecs.LEANING else None)
 
     # the manifest
 

@@ -2,79 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from everystep import adapters
-from everystep.schema import Layout, Tree, flatten, lay_out
-from everystep.seam import Pool
-from everystep.settings import Settings
-
-Array = np.ndarray[Any, Any]
-HUGE_PAGES = 14  # MADV_HUGEPAGE: fewer page faults on the first copy into a fresh buffer
-PIECE_BYTES = 1 << 20
-
-
-class Arena:
-    """A buffer that is used again for every snapshot; grows, never shrinks.
-
-    Fresh pages cost 1–2 GB/s to fault in, reused ones nothing: the first save of a size is slower than the others.
-    """
-
-    def __init__(self, pool: Pool | None = None) -> None:
-        self._buffer: Array = np.empty(0, np.uint8)
-        self._pool = pool
-
-    def reserve(self, nbytes: int) -> Array:
-        """A buffer of at least `nbytes` bytes, its pages present."""
-        if self._buffer.nbytes < nbytes:
-            self._buffer = np.empty(0, np.uint8)
-            pages = mmap.mmap(-1, max(nbytes, 1))
-            try:
-                pages.madvise(HUGE_PAGES)
-            except (OSError, ValueError, AttributeError):
-                pass  # a kernel without huge pages: the copy only faults more often
-            self._buffer = np.frombuffer(pages, np.uint8)
-            self._buffer[:: mmap.PAGESIZE] = 0
-        return self._buffer
-
-    def holds(self, data: Array) -> bool:
-        """Whether a buffer that `reserve` gave is still this one."""
-        return data is self._buffer
-
-    def fill(self, pairs: Sequence[tuple[Array, Array]]) -> None:
-        """Copies each source into its target, in pieces that this thread and those of the pool take in turn.
-
-        Who is free takes the next: on cores that others use, nobody waits for a thread that does not run.
-        """
-        pieces = deque(
-            (target[at : at + PIECE_BYTES], source[at : at + PIECE_BYTES])
-            for target, source in pairs
-            for at in range(0, source.nbytes, PIECE_BYTES)
-        )
-
-        def take(_: int) -> None:
-            while True:
-                try:
-                    target, source = pieces.popleft()
-                except IndexError:
-                    return
-                np.copyto(target, source)
-
-        helpers = range(min(self._pool.workers, len(pieces) - 1) if self._pool else 0)
-        tasks = [self._pool.start(take, i) for i in helpers] if self._pool else []
-        try:
-            take(0)
-        finally:
-            for task in tasks:
-                task.settle()
-        for task in tasks:
-            task.result()
+from everystep.save.arena import PIECE_BYTES, Array, Copier
+from everystep.save.frozen import FrozenLeaf
+from everystep.schema import Layout, Tree
+from everystep.schema.layout import ALIGN, Region
 
 
 @dataclass(frozen=True)
@@ -84,27 +23,51 @@ class Snapshot:
     tree: Tree
     layout: Layout
     data: Array
+    """The arena's buffer."""
+    streams: Sequence[Array]
+    frozen: Mapping[int, FrozenLeaf] = field(default_factory=dict)
+    """By stream, the leaves that were not copied this time."""
+
+    in_place = False
 
     def chunk(self, index: int) -> Array:
         chunk = self.layout.chunks[index]
-        start = self.layout.streams[chunk.stream].offset + chunk.start
-        return self.data[start : start + chunk.nbytes]
+        return self.streams[chunk.stream][chunk.start : chunk.start + chunk.nbytes]
+
+    def hash_of(self, index: int) -> bytes | None:
+        """A chunk's hash, where it is known from the save before."""
+        chunk = self.layout.chunks[index]
+        leaf = self.frozen.get(chunk.stream)
+        return leaf.hashes.get(chunk.start) if leaf is not None else None
+
+    def note_hash(self, index: int, hash: bytes) -> None:
+        """For the saves to come."""
+        chunk = self.layout.chunks[index]
+        leaf = self.frozen.get(chunk.stream)
+        if leaf is not None:
+            leaf.hashes[chunk.start] = hash
 
 
-def snapshot(state: Any, arena: Arena, settings: Settings) -> Snapshot:
-    """Finds the leaves of a nested state and copies each into the arena, in the order in which they are stored.
+def arena_bytes(layout: Layout, frozen: Container[int]) -> int:
+    """What the state takes of an arena."""
+    return sum(_aligned(stream.nbytes) for index, stream in enumerate(layout.streams) if index not in frozen)
 
-    Raises:
-        Unsupported: naming the path of what cannot be saved; nothing is copied then.
-    """
-    adapters.fence()
-    tree = flatten(state, adapters.describe)
-    layout = lay_out(tree.leaves, settings.chunk_bytes_max, settings.small_leaf_bytes)
-    data = arena.reserve(layout.nbytes)
+
+def copy_state(tree: Tree, layout: Layout, data: Array, copier: Copier, frozen: Mapping[int, FrozenLeaf]) -> Snapshot:
+    """Copies each leaf into a buffer of `arena_bytes`, in the order in which they are stored."""
+    streams: list[Array] = []
+    at = 0
+    for index, stream in enumerate(layout.streams):
+        if index in frozen:
+            streams.append(frozen[index].data)
+        else:
+            streams.append(data[at : at + stream.nbytes])
+            at += _aligned(stream.nbytes)
     large: list[tuple[Array, Array]] = []
     for region in layout.regions:
-        start = layout.streams[region.stream].offset + region.start
-        target = data[start : start + region.nbytes]
+        if region.stream in frozen:
+            continue
+        target = streams[region.stream][region.start : region.start + region.nbytes]
         source = adapters.view(tree.payloads[region.leaf])
         if source is None:
             adapters.copy(tree.payloads[region.leaf], target)
@@ -112,7 +75,50 @@ def snapshot(state: Any, arena: Arena, settings: Settings) -> Snapshot:
             np.copyto(target, source)
         else:
             large.append((target, source))
-    arena.fill(large)
-    adapters.fence()
-    tree.payloads.clear()
-    return Snapshot(tree, layout, data)
+    copier.copy(large)
+    return Snapshot(tree, layout, data, streams, frozen)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class StateInPlace(Snapshot):
+    """A state that is read where it lies, while training waits: for what not even one copy has room."""
+
+    payloads: Sequence[Any] = ()
+    regions: Mapping[int, Sequence[Region]] = field(default_factory=dict)
+    """Of each stream, in their order."""
+
+    in_place = True
+
+    def chunk(self, index: int) -> Array:
+        chunk = self.layout.chunks[index]
+        regions, stop = self.regions[chunk.stream], chunk.start + chunk.nbytes
+        at = bisect_right(regions, chunk.start, key=lambda region: region.start) - 1
+        pieces = []
+        while at < len(regions) and (region := regions[at]).start < stop:
+            first, last = max(chunk.start - region.start, 0), min(stop - region.start, region.nbytes)
+            if first < last:
+                pieces.append(_bytes(self.payloads[region.leaf], region.nbytes, first, last))
+            at += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def leave_in_place(tree: Tree, layout: Layout) -> StateInPlace:
+    regions: dict[int, list[Region]] = {}
+    for region in layout.regions:
+        regions.setdefault(region.stream, []).append(region)
+    return StateInPlace(tree, layout, np.empty(0, np.uint8), (), {}, list(tree.payloads), regions)
+
+
+def _bytes(payload: Any, nbytes: int, start: int, stop: int) -> Array:
+    """A range of an array's bytes: a view, or a copy of no more than that where the array can be cut."""
+    source = adapters.view(payload)
+    if source is None:
+        part = adapters.cut(payload, start, stop)
+        source = np.empty(nbytes if part is None else stop - start, np.uint8)
+        adapters.copy(payload if part is None else part, source)
+        return source[start:stop] if part is None else source
+    return source[start:stop]

@@ -6,12 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from everystep import adapters
 from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError, StorageFull
 from everystep.save import commit as commits
+from everystep.save.arena import Copier
 from everystep.save.bases import Bases, Leaning
 from everystep.save.commit import Condemned, Draft
+from everystep.save.frozen import Declared, FrozenLeaves, standing
+from everystep.save.memory import Memory
 from everystep.save.part import Known, PartWriter, Stored
-from everystep.save.snapshot import Arena, Snapshot
+from everystep.save.snapshot import Snapshot, arena_bytes, copy_state, leave_in_place
+from everystep.schema import flatten, lay_out
 from everystep.vault import RunVault, Term
 from everystep.vault.manifest import settle
 from everystep.vault.names import PackName
@@ -34,6 +39,8 @@ class Job:
     stall_seconds: float
     queued: float
     saved: Saved = field(default_factory=lambda: Saved(0, None, None))
+    left: bool = False
+    """Training went on while its state was read where it lies: nobody knows what was read."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +137,16 @@ class Writer:
         """What that checkpoint holds."""
         self.notices: list[str] = []
         self._condition = vault.seam.condition()
-        self._pool = vault.seam.pool(vault.settings.workers, "everystep-encode")
         self._keeper = keeper
-        self._bases = Bases(leaning, vault.settings, self._pool, vault.read_chunk)
+        seam, settings = vault.seam, vault.settings
+        self._memory = Memory(seam, settings)
+        # Two pools: what training waits for is not left to threads that have stepped back.
+        self._copying = seam.pool(settings.workers, "everystep-copy")
+        self._pool = seam.pool(settings.workers, "everystep-encode", self._step_back)
+        self._bases = Bases(leaning, settings, self._memory, vault.read_chunk)
+        self._copier = Copier(self._copying)
+        self.frozen = FrozenLeaves(settings.frozen_check_every, self._copier)
+        self._said_in_place = False
         self._job: Job | None = None
         self._failed: list[Saved] = []
         self._lost: RunTakenOver | None = None
@@ -144,10 +158,46 @@ class Writer:
 
     # the training thread's side
 
-    @property
-    def arena(self) -> Arena:
-        """Where the next snapshot goes."""
-        return self._bases.arena
+    def snapshot(self, state: Any, declared: Declared) -> Snapshot:
+        """One copy of the state: after this, training may change what it likes. Where there is no room for one, the
+        state is left where it lies, and `submit` waits.
+
+        Raises:
+            Unsupported: naming the path of what cannot be saved; nothing is copied then.
+        """
+        settings = self._vault.settings
+        adapters.fence()
+        tree = flatten(state, adapters.describe)
+        layout = lay_out(tree.leaves, settings.chunk_bytes_max, settings.small_leaf_bytes)
+        still = standing(tree, layout, declared, settings.small_leaf_bytes)
+        nbytes, kept = arena_bytes(layout, still), sum(layout.streams[stream].nbytes for stream in still)
+        arena, base_stays = self._memory.choose(nbytes, kept, self._bases.held)
+        if not base_stays:
+            self._bases.forget()
+        data = arena.reserve(nbytes) if arena is not None else None
+        if data is None:
+            self.frozen.forget()
+            self._say_in_place(layout.nbytes)
+            return leave_in_place(tree, layout)
+        frozen = self.frozen.take(still)
+        self.notices += self.frozen.notices
+        self.frozen.notices.clear()
+        taken = copy_state(tree, layout, data, self._copier, frozen)
+        adapters.fence()
+        tree.payloads.clear()
+        return taken
+
+    def _say_in_place(self, nbytes: int) -> None:
+        if not self._said_in_place:
+            self._said_in_place = True
+            self.notices.append(
+                f"there is no room for a copy of the state ({nbytes >> 20} MiB; saving may take "
+                f"{min(self._memory.limit, 1 << 60) // (1 << 20):.0f} MiB): training waits until each save is durable. "
+                "To go on at once, allow more: everystep.Settings(memory_bytes_max=…)"
+            )
+
+    def _step_back(self) -> None:
+        self._vault.seam.step_back(self._vault.settings.background_nice)
 
     @property
     def busy(self) -> bool:
@@ -181,6 +231,12 @@ class Writer:
         with self._condition:
             self._job = job
             self._condition.notify_all()
+        if job.snapshot.in_place:
+            try:
+                self.wait()
+            except BaseException:
+                job.left = True
+                raise
         return job.saved
 
     def close(self) -> None:
@@ -191,10 +247,12 @@ class Writer:
             self._condition.notify_all()
         self._thread.join()
         self._pool.close()
+        self._copying.close()
 
     # the background's side
 
     def _work(self) -> None:
+        self._step_back()
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._job is not None or self._ended)
@@ -213,6 +271,7 @@ class Writer:
                 self._job = None
                 self._condition.notify_all()
             job = None
+            self._memory.prepare(self._bases.held, lambda: self._job is not None or self._ended)
 
     def _try(self, job: Job) -> tuple[str | None, Error | None]:
         try:
@@ -298,8 +357,13 @@ class Writer:
         clock = self._vault.seam.monotonic
         begun = clock()
         base = self._bases.offer(job.snapshot)
-        part = PartWriter(self._vault, self.term, self.known, self._pool, base, self._bases.leaning)
+        window = self._memory.window()
+        part = PartWriter(self._vault, self.term, self.known, self._pool, window, base, self._bases.leaning)
         part.write(job.snapshot, self.rank)
+        if job.left:
+            raise SaveAbandoned(
+                f"step {job.step} was interrupted while its state was read", do="save again; nothing was kept of it"
+            )
         if self.rank != 0:
             stored = part.close()
             commits.put_receipt(self._vault, self.term, draft, self.rank, stored)
@@ -332,6 +396,7 @@ class Writer:
             lambda history: commits.decide_commit(history, self.term, commit, events, self._vault.where), doubt
         )
         self.term.steps[job.step] = (content, draft.id)
+        self._bases.hear(stored.stored_bytes, write)
         self._bases.take(job.snapshot, stored.spots, base)
         return draft.id, stored
 

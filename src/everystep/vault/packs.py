@@ -1,10 +1,10 @@
-"""Packs: immutable files of chunks, collected in memory and put whole."""
+"""Packs: immutable files of chunks, collected in memory and put whole, or stored while they are filled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,6 +27,15 @@ class _Open:
     nbytes: int = len(MAGIC)
     name: PackName | None = None
 
+    def body(self) -> Iterable[Any]:
+        """All of it, for each attempt anew."""
+        return self.pieces
+
+    @property
+    def broken(self) -> bool:
+        """Whether no further attempt can bring all of it."""
+        return False
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -41,6 +50,85 @@ class Slot:
         if self.pack.name is None:
             raise StorageError("a pack was asked for its name before it was stored")
         return self.pack.name
+
+
+class Load(Protocol):
+    """A chunk on its way into a pack that is stored while it is filled."""
+
+    slot: Slot | None
+    """Set when it is written."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of its stored form."""
+
+    def pieces(self) -> list[Any]:
+        """Its stored form. Each further attempt asks for it again, so that nothing is held until the pack is safe."""
+
+
+class _Coming:
+    """Loads as they come. What breaks them off is no end of them."""
+
+    def __init__(self, loads: Iterable[Load], clock: Callable[[], float]) -> None:
+        self._loads, self._clock = iter(loads), clock
+        self._next: list[Load | None] = []
+        self.broken: BaseException | None = None
+        self.seconds = 0.0
+        """Waited for."""
+
+    def peek(self) -> Load | None:
+        """The next one, once it is there; None behind the last."""
+        if self.broken is not None:
+            raise self.broken
+        if not self._next:
+            begun = self._clock()
+            try:
+                self._next.append(next(self._loads, None))
+            except BaseException as error:
+                self.broken = error
+                raise
+            finally:
+                self.seconds += self._clock() - begun
+        return self._next[0]
+
+    def drop(self) -> None:
+        """The next one has been taken."""
+        self._next.clear()
+
+
+@dataclass
+class _Filled(_Open):
+    """A pack that is stored while it is filled, up to its limit."""
+
+    coming: _Coming | None = None
+    nbytes_max: int = 0
+    loads: list[Load] = field(default_factory=list)
+    whole: bool = False
+
+    def body(self) -> Iterator[Any]:
+        self.nbytes, self.whole = len(MAGIC), False
+        yield MAGIC
+        for load in tuple(self.loads):  # what an attempt before this one has taken
+            yield from self._add(load)
+        assert self.coming is not None
+        while (new := self.coming.peek()) is not None and self._takes(new):
+            self.coming.drop()
+            self.loads.append(new)
+            yield from self._add(new)
+        self.whole = True
+
+    @property
+    def broken(self) -> bool:
+        return self.coming is not None and self.coming.broken is not None
+
+    def _takes(self, load: Load) -> bool:
+        return not self.loads or self.nbytes + load.nbytes <= self.nbytes_max
+
+    def _add(self, load: Load) -> list[Any]:
+        pieces = load.pieces()
+        load.slot = Slot(self, self.nbytes, sum(len(piece) for piece in pieces))
+        self.nbytes += load.slot.length
+        return pieces
 
 
 class PackWriter:
@@ -68,6 +156,24 @@ class PackWriter:
         """(name, length) of every pack that was stored."""
         self.seconds = 0.0
         """Spent in the storage."""
+
+    def store(self, loads: Iterable[Load]) -> None:
+        """Stores chunks as they come, pack after pack, durably: each goes out while those behind it are made.
+
+        Raises:
+            StorageError: as `flush`. What `loads` raises.
+        """
+        coming = _Coming(loads, self._seam.monotonic)
+        while coming.peek() is not None:
+            pack = _Filled(coming=coming, nbytes_max=self._nbytes_max)
+            begun, waited = self._seam.monotonic(), coming.seconds
+            try:
+                pack.name = self._put(pack)
+            finally:
+                self.seconds += self._seam.monotonic() - begun - (coming.seconds - waited)
+            if not pack.whole:
+                raise StorageError("the place took a part of a pack for all of it", where=self._storage.url)
+            self.stored.append((pack.name, pack.nbytes))
 
     def add(self, pieces: list[Any]) -> Slot:
         length = sum(len(piece) for piece in pieces)
@@ -113,12 +219,12 @@ class PackWriter:
             attempt += 1
             name = PackName(self._writer, self._number())
             try:
-                self._storage.put(pack_key(self._folder, name), pack.pieces)
+                self._storage.put(pack_key(self._folder, name), pack.body())
                 return name
             except (StorageFull, ReadOnly):
                 raise
             except StorageError:
-                if attempt >= self._settings.put_attempts:
+                if attempt >= self._settings.put_attempts or pack.broken:
                     raise
             self._seam.sleep(pause)
             pause *= 2

@@ -1,0 +1,50 @@
+"""How deep checkpoints lean on each other: bounded, and less where the store is slow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import everystep
+
+COUNT = 3 << 20  # of fp32: each save brings more than what is too little to tell how fast the store is
+
+
+def depths_of(folder: Path, **settings: float) -> list[int]:
+    """The greatest depth in each of eight checkpoints of weights that move a little."""
+    chance = np.random.default_rng(0)
+    weights = chance.standard_normal(COUNT, np.float32)
+    repo = everystep.open(folder, settings=everystep.Settings(**settings))  # type: ignore[arg-type]
+    found = []
+    with repo.run("drift") as run:
+        for step in range(1, 9):
+            saved = run.save(step, state={"params": {"w": weights}}).wait()
+            view = saved._vault.manifest(saved._commit).views[0]
+            found.append(max(view.spot(index).depth for index in range(len(view.layout.chunks))))
+            assert np.array_equal(saved.load()["params"]["w"], weights)
+            weights = weights + np.float32(1e-6) * chance.standard_normal(COUNT, np.float32)
+    return found
+
+
+@pytest.mark.parametrize(
+    "limits, expected",
+    [
+        ({"slow_bytes_per_second": 0.0}, [0, 1, 2, 3, 1, 2, 3, 2]),
+        ({"slow_bytes_per_second": float("inf")}, [0, 1, 1, 0, 1, 1, 0, 1]),
+        ({"slow_bytes_per_second": float("inf"), "base_depth_slow": 2}, [0, 1, 2, 1, 2, 2, 0, 1]),
+        ({"slow_bytes_per_second": 0.0, "base_depth_max": 0}, [0] * 8),
+    ],
+)
+def test_bases_go_as_deep_as_they_may(tmp_path: Path, limits: dict[str, float], expected: list[int]) -> None:
+    assert depths_of(tmp_path, **limits) == expected
+
+
+def test_a_small_save_says_nothing_of_the_store(tmp_path: Path) -> None:
+    repo = everystep.open(tmp_path, settings=everystep.Settings(slow_bytes_per_second=float("inf")))
+    with repo.run("small") as run:
+        for step in range(1, 5):
+            saved = run.save(step, state={"params": {"w": np.arange(5000, dtype=np.float32) + step * 1e-3}}).wait()
+            view = saved._vault.manifest(saved._commit).views[0]
+            assert view.spot(0).depth == step - 1
