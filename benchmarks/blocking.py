@@ -1,122 +1,142 @@
 """How long a save blocks training, when its checkpoint is durable, and how long a load takes: everystep and peers.
 
-python -m benchmarks.blocking [--mb 400] [--leaves 300] [--rounds 7] [--folder DIR] [--json]
+python -m benchmarks.blocking [--mb 1500] [--sequence gpt] [--rounds 5] [--peers dcp,orbax] [--folder DIR] [--json]
+
+The state is one real checkpoint after the other, the next at each round, at the same addresses; a large one is made of
+several copies, each multiplied with a number of its own. Every contestant is a process of its own that maps it. What
+came before is deleted just before the next save, where a peer does not keep it, and as many free pages are left behind
+as a save takes. Blocking ends when training may go on; durable is after fsync of all files and folders, by the peer or,
+where it does not, right after it. A load ends when every byte has been summed up. Extra memory is what the process
+takes beside the state at the most, in times of the state. One row again, beside those it is compared with:
+python -m benchmarks.blocking --peers orbax-async
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from typing import Any
 
-import torch
+from benchmarks import apart, peers, results, sequences, timing
+from benchmarks.apart import Apart
+from benchmarks.peers import slug
+from benchmarks.results import Table, number, ratio, spread
+from benchmarks.timing import Samples
+from benchmarks.work import Replay
 
-from benchmarks import timing
-from benchmarks.peers import Peer, savers
-from benchmarks.peers.memcpy import Memcpy, MemcpyThreads
-from benchmarks.timing import Samples, Stopwatch
-from benchmarks.work import Layers, Training
-
-OURS = "everystep"
-
-
-def measure_copy(training: Training, memcpy: Memcpy, folder: str) -> Callable[[], dict[str, float]]:
-    def measure() -> dict[str, float]:
-        training.step()
-        timing.free_pages(folder, training.nbytes)
-        memcpy.prepare()
-        watch = Stopwatch()
-        memcpy.copy()
-        return {"blocking": watch.seconds()}
-
-    return measure
+OURS, SYNCED, LOADED = "everystep", "safetensors + fsync", "torch.save"
+ALWAYS = tuple(slug(name) for name in (OURS, SYNCED, LOADED, "memcpy, one thread", "memcpy, all threads"))
+SECONDS_MAX = 40.0
+LARGE_BYTES = 1_000_000_000
 
 
-def measure_save(training: Training, peer: Peer, folder: str) -> Callable[[], dict[str, float]]:
-    def measure() -> dict[str, float]:
-        training.step()
-        peer.clear()
-        timing.free_pages(folder, training.nbytes)
-        watch = Stopwatch()
-        peer.save(training.steps)
-        blocking = watch.seconds()
-        peer.finish()
-        return {"blocking": blocking, "durable": watch.seconds()}
-
-    return measure
+def saving(contestant: Apart, work: Replay) -> Callable[[], dict[str, float]]:
+    return lambda: contestant.call("save", work.shown)
 
 
-def measure_load(peer: Peer) -> Callable[[], dict[str, float]]:
-    def measure() -> dict[str, float]:
-        watch = Stopwatch()
-        held = peer.load()
-        seconds = watch.seconds()
-        del held
-        return {"load": seconds}
-
-    return measure
+def loading(contestant: Apart) -> Callable[[], dict[str, float]]:
+    return lambda: contestant.call("load")
 
 
-def check(training: Training, peer: Peer) -> None:
-    """A figure counts only for a checkpoint that holds the state."""
-    peer.save(training.steps)
-    peer.finish()
-    found = peer.load()
-    for name, value in training.model.state_dict().items():
-        if not torch.equal(found[name], value):
-            raise SystemExit(f"{peer.name}: {name} came back changed")
+def remember(contestant: Apart, work: Replay) -> Callable[[], dict[str, float]]:
+    return lambda: contestant.call("memory", work.shown + 1)
 
 
-def run(mb: float, leaves: int, rounds: int, folder: str | None) -> tuple[Training, Samples]:
+def check(contestants: dict[str, Apart], samples: Samples) -> None:
+    """A figure counts only for a checkpoint that holds the state; who does not give it back is named and left out."""
+    for name, contestant in contestants.items():
+        if name in samples.failed or contestant.peer.floor:
+            continue
+        try:
+            wrong, elements = contestant.call("check")
+        except apart.Failed as error:
+            samples.failed[name] = str(error)
+            continue
+        if wrong and contestant.peer.exact:
+            samples.failed[name] = f"{wrong} of {elements} elements came back changed"
+
+
+def run(
+    mb: float, sequence: str, rounds: int, asked: str | None, folder: str | None, seconds_max: float = SECONDS_MAX
+) -> dict[str, Any]:
+    chosen, missing = peers.choose(asked, "blocking", ALWAYS)
+    work = Replay(sequences.load(sequence), mb=mb)
+    work.next()
+    if work.nbytes > LARGE_BYTES:
+        missing |= {peer.name: "takes several times the state in memory" for peer in chosen if peer.hungry}
+        chosen = [peer for peer in chosen if not peer.hungry]
+    timing.say(f"{len(work.memory.places)} tensors, {work.nbytes / 1e6:.0f} MB, {len(chosen)} contestants")
     with timing.scratch(folder) as place:
-        training = Layers(mb, leaves)
-        peers = savers(training, place)
-        copies = [Memcpy(training), MemcpyThreads(training)]
-        timing.say(f"{len(training.tensors())} tensors, {training.nbytes / 1e6:.0f} MB, {rounds} rounds")
-        contestants = {memcpy.name: measure_copy(training, memcpy, place) for memcpy in copies}
-        contestants |= {peer.name: measure_save(training, peer, place) for peer in peers}
-        samples = timing.alternate(contestants, rounds=rounds, warmups=2)
-        training.step()
-        for peer in peers:
-            peer.clear()
-            check(training, peer)
-        loads = timing.alternate({peer.name: measure_load(peer) for peer in peers}, rounds=rounds)
-        for peer in peers:
-            peer.close()
-    for name, quantities in loads.values.items():
-        samples.values[name].update(quantities)
-    return training, samples
+        contestants, failed = apart.start(chosen, work.memory, place)
+        try:
+            measured = {name: saving(contestant, work) for name, contestant in contestants.items()}
+            samples = timing.alternate(measured, rounds=rounds, before=work.next, seconds_max=seconds_max)
+            check(contestants, samples)
+            whole = {name: c for name, c in contestants.items() if name not in samples.failed and not c.peer.floor}
+            memory = {name: remember(contestant, work) for name, contestant in whole.items()}
+            samples.merge(timing.alternate(memory, rounds=1, warmups=0))
+            loads = {name: loading(contestant) for name, contestant in whole.items()}
+            samples.merge(timing.alternate(loads, rounds=rounds, seconds_max=seconds_max))
+        finally:
+            for contestant in contestants.values():
+                contestant.close()
+            work.close()
+    samples.failed |= failed
+    state = {"nbytes": work.nbytes, "leaves": len(work.memory.places), "sequence": sequence}
+    return {**state, "rounds": rounds, "missing": missing, "samples": samples.as_dict()}
 
 
-def rows(samples: Samples) -> list[list[str]]:
-    floor = min((Memcpy.name, MemcpyThreads.name), key=lambda name: samples.median(name, "blocking") or 0.0)
-    out = []
-    for name in samples.values:
-        row = [name]
-        for quantity in ("blocking", "durable", "load"):
-            row.append(timing.milliseconds(samples, name, quantity))
-            if quantity == "blocking":
-                row.append(timing.ratio(samples.ratio(name, floor, quantity)))
-            row.append(timing.ratio(samples.ratio(name, OURS, quantity)))
-        out.append(row)
-    return out
+def tables(result: dict[str, Any]) -> list[Table]:
+    samples = Samples.from_dict(result["samples"])
+    size = f"{result['nbytes'] / 1e6:.0f} MB in {result['leaves']} tensors, {result['rounds']} rounds"
+    copies = [name for name in samples.values if name.startswith("memcpy")]
+    floor = min(copies, key=lambda name: samples.median(name, "blocking") or 0.0)
+    names = sorted(samples.values, key=lambda name: samples.median(name, "blocking") or 0.0)
+    save = [
+        [
+            name, spread(samples.of(name, "blocking"), 1e3), ratio(samples.ratio(name, floor, "blocking")),
+            ratio(samples.least_ratio(name, floor, "blocking")), spread(samples.of(name, "durable"), digits=2),
+            ratio(samples.ratio(name, SYNCED, "durable")), ratio(samples.least_ratio(name, SYNCED, "durable")),
+            spread(samples.of(name, "cpu"), digits=2), number(samples.median(name, "extra"), 2),
+        ]
+        for name in names
+    ]  # fmt: skip
+    loaded = sorted((name for name in names if samples.of(name, "load")), key=lambda n: samples.median(n, "load") or 0)
+    load = [
+        [
+            name, spread(samples.of(name, "load"), 1e3), ratio(samples.ratio(name, LOADED, "load")),
+            ratio(samples.least_ratio(name, LOADED, "load")), spread(samples.of(name, "load_cpu"), digits=2),
+            number(samples.median(name, "load_extra"), 2),
+        ]
+        for name in loaded
+    ]  # fmt: skip
+    head = (
+        "", "blocking ms", "/ memcpy", "minima", "durable s", "/ safetensors + fsync", "minima", "CPU s",
+        "extra memory / state",
+    )  # fmt: skip
+    notes = ["median (least–most); minima: the ratio of the least of each", *results.left_out(result, samples)]
+    load_head = ("", "load ms", "/ torch.load", "minima", "CPU s", "extra memory / state")
+    return [
+        Table(f"A save: {size}", head, save, notes),
+        Table(f"A load, from the page cache: {size}", load_head, load, notes[:1]),
+    ]
 
 
-HEAD = ("", "blocking ms", "/ memcpy", "/ ours", "durable ms", "/ ours", "load ms", "/ ours")
+def name_of(nbytes: int) -> str:
+    """The result's: one for large states, one for small."""
+    return "blocking-large" if nbytes > LARGE_BYTES else "blocking-small"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.blocking", description=__doc__)
-    parser.add_argument("--mb", type=float, default=400)
-    parser.add_argument("--leaves", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
-    parser.add_argument("--json", action="store_true")
+    parser = results.parser("benchmarks.blocking", __doc__)
+    parser.add_argument("--mb", type=float, default=1500, help="of the state; 0: as the sequence is")
+    parser.add_argument("--sequence", default="gpt", choices=list(sequences.RECIPES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peers", help="files or names of peers, by commas; default: all")
     given = parser.parse_args(arguments)
     timing.warn_of_load()
-    training, samples = run(given.mb, given.leaves, given.rounds, given.folder)
-    size = {"nbytes": training.nbytes, "leaves": len(training.tensors()), "rounds": given.rounds}
-    title = f"blocking: {size['leaves']} tensors, {training.nbytes / 1e6:.0f} MB, median (quartiles) of {given.rounds}"
-    timing.show(title, timing.table(HEAD, rows(samples)), {**size, "samples": samples.as_dict()}, given.json)
+    result = run(given.mb, given.sequence, given.rounds, given.peers, given.folder)
+    command = results.command("benchmarks.blocking", arguments)
+    results.publish(name_of(result["nbytes"]), result, tables(result), given, command)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python -m benchmarks.leaves [--leaves 10000 100000] [--rounds 5] [--folder DIR] 
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 
 import everystep
-from benchmarks import timing
+from benchmarks import results, timing
+from benchmarks.results import Table, spread
 from benchmarks.timing import Stopwatch
 from everystep import adapters, codecs
 from everystep.schema import flatten, lay_out
@@ -36,10 +36,6 @@ def torch_leaves(values: np.ndarray[Any, Any]) -> Sequence[Any]:
     return torch.from_numpy(values).split(ELEMENTS)
 
 
-def stored_bytes(folder: str) -> int:
-    return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(folder) for name in names)
-
-
 class Contestant:
     """A run of its own; each call saves a state in which every byte has changed."""
 
@@ -55,13 +51,13 @@ class Contestant:
     def measure(self) -> dict[str, float]:
         self._step += 1
         self._values.view(np.uint8)[:] = self._chance.integers(0, 256, self._values.nbytes, np.uint8)
-        before = stored_bytes(self._folder)
+        before = timing.folder_bytes(self._folder)
         watch = Stopwatch()
         saved = self._run.save(self._step, state=self._state)
         blocking = watch.seconds()
         saved.wait()
         durable = watch.seconds()
-        stored = stored_bytes(self._folder) - before - self._values.nbytes
+        stored = timing.folder_bytes(self._folder) - before - self._values.nbytes
         return {"blocking": blocking, "durable": durable, "metadata": float(stored)}
 
     def close(self) -> None:
@@ -95,8 +91,6 @@ def metadata_share() -> dict[str, float]:
         "leaves": len(tree.leaves),
         "first checkpoint": names_bytes + chunk_bytes,
         "each further one": chunk_bytes,
-        "share of the first": (names_bytes + chunk_bytes) / raw,
-        "share of a further one": chunk_bytes / raw,
     }
 
 
@@ -118,39 +112,37 @@ def rows(samples: timing.Samples) -> list[list[str]]:
     for name in samples.values:
         count = int(name.split()[0].replace(",", ""))
         blocking, metadata = (samples.median(name, quantity) or 0.0 for quantity in ("blocking", "metadata"))
-        out.append(
-            [
-                name,
-                timing.milliseconds(samples, name, "blocking"),
-                f"{1e6 * blocking / count:.1f}",
-                timing.milliseconds(samples, name, "durable"),
-                f"{metadata / count:.2f}",
-            ]
-        )
-    return out
+        times = [spread(samples.of(name, quantity), 1e3) for quantity in ("blocking", "durable")]
+        out.append([name, times[0], f"{1e6 * blocking / count:.1f}", times[1], f"{metadata / count:.2f}"])
+    return sorted(out)
 
 
 HEAD = ("", "save() ms", "µs a leaf", "durable ms", "metadata, bytes a leaf")
 
 
+def tables(result: dict[str, Any]) -> list[Table]:
+    samples, share = timing.Samples.from_dict(result["samples"]), result["metadata"]
+    title = f"{share['leaves']:,} leaves of 4 MB, {share['state bytes'] / 1e9:.0f} GB: metadata"
+    metadata = [
+        [which, f"{share[which] / 1e6:.1f}", f"{100 * share[which] / share['state bytes']:.4f}"]
+        for which in ("first checkpoint", "each further one")
+    ]
+    notes = ["median (least–most)", *results.left_out({}, samples)]
+    return [
+        Table("Many tiny leaves, every byte changed", HEAD, rows(samples), notes),
+        Table(title, ("", "MB", "% of the state"), metadata, [f"promised: at most {100 * PROMISED:.2f} %"]),
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.leaves", description=__doc__)
+    parser = results.parser("benchmarks.leaves", __doc__)
     parser.add_argument("--leaves", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
-    parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     timing.warn_of_load()
     samples = run(given.leaves, given.rounds, given.folder)
-    share = metadata_share()
-    text = timing.table(HEAD, rows(samples))
-    text += (
-        f"\n\nmetadata of {share['leaves']:,} leaves of 4 MB ({share['state bytes'] / 1e9:.0f} GB): "
-        f"{share['first checkpoint'] / 1e6:.1f} MB at first ({100 * share['share of the first']:.4f} %), "
-        f"{share['each further one'] / 1e6:.1f} MB for each further checkpoint "
-        f"({100 * share['share of a further one']:.4f} %); promised: {100 * PROMISED:.2f} %"
-    )
-    timing.show("leaves: many tiny ones", text, {"samples": samples.as_dict(), "metadata": share}, given.json)
+    result = {"samples": samples.as_dict(), "metadata": metadata_share()}
+    results.publish("leaves", result, tables(result), given, results.command("benchmarks.leaves", arguments))
 
 
 if __name__ == "__main__":

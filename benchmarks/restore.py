@@ -1,133 +1,224 @@
-"""A restore at the end of chains of bases, against torch.load of the same state: benchmarks.sequences' gpt.
+"""Loads out of a history: the newest, the oldest, any; and what one more link of a chain of differences costs.
 
-python -m benchmarks.restore [--rounds 15] [--folder DIR] [--json]
+python -m benchmarks.restore [--count 100] [--others 30] [--rounds 7] [--peers zipnn] [--folder DIR] [--json]
 
-`all`: weights and optimizer state; `weights`: these alone, every chunk of which leans on the one before. A checkpoint
-of depth n reads n + 1 links where its chunks lean. torch.load reads the whole file (mmap=False, weights_only=True);
-ours opens the repository, folds its log and verifies every byte. Files are in the page cache for both. The cost of one
-link is what a restore takes longer per link, at the greatest depth measured.
+The history is the gpt sequence: `--count` checkpoints of ours, `--others` of those whose saves take longer or whose
+checkpoints stand alone anyway. Every load ends when each byte has been summed up; all files are in the page cache; ours
+opens the repository anew, folds its log and verifies every byte. torch.load reads its whole file (mmap=False,
+weights_only=True). `any` is another checkpoint at each round, drawn; `slowest` the slowest of all of ours: each is
+loaded once and the three slowest again in every round.
+
+A link: of checkpoints in chains of differences, what a load takes longer for each base more that its chunks lean on, by
+least squares over the depths that occur; for the weights alone, nearly every chunk of which leans, and for the whole
+state. One contestant again: python -m benchmarks.restore --peers borg
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import os
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 import everystep
-from benchmarks import sequences, timing
-from benchmarks.sequences import Sequence
+from benchmarks import apart, peers, results, sequences, timing
+from benchmarks.apart import Apart
+from benchmarks.peers import slug
+from benchmarks.peers.everystep import Everystep
+from benchmarks.results import Table, ratio, spread
 from benchmarks.timing import Samples, Stopwatch
+from benchmarks.work import Replay
 
-DEPTHS = (0, 1, 4, 8)
-WEIGHTS = ("weights", "buffer")
-TORCH = "torch.load"
-TARGET = 6.0
-State = dict[str, dict[str, torch.Tensor]]
+OURS, TORCH = "everystep", "torch.save"
+ALWAYS = tuple(slug(name) for name in (OURS, TORCH))
+SLOWEST = 3
+LINK_COUNT = 10
+QUANTITIES = ("newest", "oldest", "any", "slowest")
+Loads = dict[str, Callable[[], dict[str, float]]]
 
-
-def state_of(sequence: Sequence, index: int, *, weights_only: bool) -> State:
-    parts: State = {"params": {}, "opt_state": {}}
-    for name, value in sequence[index].items():
-        part = "params" if sequence.roles[name] in WEIGHTS else "opt_state"
-        parts[part][name] = torch.tensor(value)
-    return {"params": parts["params"]} if weights_only else parts
+# out of a history --------------------------------------------------------------------------------------------------
 
 
-def by_torch(path: str) -> State:
-    return torch.load(path, mmap=False, weights_only=True)
+def fill(contestants: dict[str, Apart], work: Replay, counts: dict[str, int], failed: dict[str, str]) -> None:
+    """Each checkpoint into every history that goes so far; those that stand alone keep their last only."""
+    for step in range(max(counts.values())):
+        work.show(step)
+        for name, contestant in list(contestants.items()):
+            alone = not (contestant.peer.keeps_all or getattr(contestant.peer, "leans", False))
+            if step >= counts[name] or (alone and step < counts[name] - 1):
+                continue
+            try:
+                contestant.call("keep", step)
+            except apart.Failed as error:
+                failed[name] = str(error)
+                contestants.pop(name).close()
+        if step % 10 == 9:
+            timing.say(f"  {step + 1} checkpoints")
 
 
-def by_everystep(folder: str, step: int) -> State:
-    return everystep.open(folder)["bench"].at(step).load(like="torch")
+def loads_of(contestant: Apart, count: int, chance: random.Random) -> dict[str, Callable[[], dict[str, float]]]:
+    """quantity -> a load."""
+
+    def load(step: int) -> dict[str, float]:
+        found: dict[str, float] = contestant.call("load", step)
+        return found
+
+    if not (contestant.peer.keeps_all or getattr(contestant.peer, "leans", False)):
+        return {"newest": lambda: load(count - 1)}
+    return {
+        "newest": lambda: load(count - 1),
+        "oldest": lambda: load(0),
+        "any": lambda: load(chance.randrange(count)),
+    }
 
 
-def measure(restore: Callable[[], State]) -> Callable[[], Mapping[str, float]]:
-    def once() -> Mapping[str, float]:
-        clock = Stopwatch()
-        restored = restore()
-        seconds = clock.seconds()
-        del restored
-        return {"restore": seconds}
-
-    return once
+def slowest(contestant: Apart, count: int) -> list[int]:
+    """The steps that took longest, of one load each."""
+    seconds = {step: contestant.call("load", step)["load"] for step in range(count)}
+    return sorted(seconds, key=lambda step: -seconds[step])[:SLOWEST]
 
 
-def check(restored: State, state: State) -> None:
-    for part, tensors in state.items():
-        for name, value in tensors.items():
-            if not torch.equal(restored[part][name].view(torch.int32), value.view(torch.int32)):
-                raise SystemExit(f"{name} did not come back as it was saved")
+def measure(count: int, others: int, rounds: int, asked: str | None, place: str | None) -> dict[str, Any]:
+    chosen, missing = peers.choose(asked, "restore", ALWAYS)
+    work = Replay(sequences.load("gpt", count))
+    work.show(0)
+    counts = {peer.name: count if issubclass(peer, Everystep) else min(count, others) for peer in chosen}
+    chance = random.Random(0)
+    with timing.scratch(place) as folder:
+        contestants, failed = apart.start(chosen, work.memory, folder)
+        try:
+            fill(contestants, work, counts, failed)
+            calls: Loads = {}
+            for name, contestant in contestants.items():
+                for quantity, load in loads_of(contestant, counts[name], chance).items():
+                    calls[f"{name}|{quantity}"] = load
+            if OURS in contestants:
+                for index, step in enumerate(slowest(contestants[OURS], count)):
+                    calls[f"{OURS}|slowest {index}"] = lambda step=step: contestants[OURS].call("load", step)
+            samples = timing.alternate(calls, rounds=rounds)
+        finally:
+            for contestant in contestants.values():
+                contestant.close()
+            work.close()
+    samples.failed |= failed
+    size = {"nbytes": work.nbytes, "counts": counts, "missing": missing}
+    return {**size, "samples": samples.as_dict()}
+
+
+# one link ---------------------------------------------------------------------------------------------------------
 
 
 def depth_of(folder: str, step: int) -> int:
+    """The longest chain that any of its chunks is at the end of."""
     checkpoint = everystep.open(folder)["bench"].at(step)
     view = checkpoint._vault.manifest(checkpoint._commit).views[0]
     return max(view.spot(index).depth for index in range(len(view.layout.chunks)))
 
 
-def run(rounds: int, place: str | None, *, weights_only: bool) -> tuple[int, Samples]:
-    """(bytes of the state, samples); the file of torch is of the state at the greatest depth."""
+def measure_links(rounds: int, place: str | None, *, weights_only: bool) -> dict[str, Any]:
+    """Samples of torch.load and of one checkpoint for each depth that occurs."""
     sequence = sequences.load("gpt")
+    names = [name for name, role in sequence.roles.items() if role in sequences.WEIGHTS or not weights_only]
+    work = Replay(sequence, names=names)
+    state = work.memory.state()
+
+    def timed(call: Callable[[], Any]) -> Callable[[], dict[str, float]]:
+        def once() -> dict[str, float]:
+            watch = Stopwatch()
+            held = call()
+            peers.touch(held)
+            seconds = watch.seconds()
+            del held
+            return {"load": seconds}
+
+        return once
+
     with timing.scratch(place) as scratch:
         folder, path = os.path.join(scratch, "runs"), os.path.join(scratch, "state.pth")
-        with everystep.open(folder).run("bench") as saving:
-            for step in range(max(DEPTHS) + 1):
-                state = state_of(sequence, step, weights_only=weights_only)
-                saving.save(step, state=state)
-        torch.save(state, path)
-        contestants: dict[str, Callable[[], State]] = {TORCH: lambda: by_torch(path)}
-        for depth in DEPTHS:
-            if depth_of(folder, depth) != depth:
-                raise SystemExit(f"step {depth} lies at depth {depth_of(folder, depth)}")
-            check(by_everystep(folder, depth), state_of(sequence, depth, weights_only=weights_only))
-            contestants[f"depth {depth}"] = lambda depth=depth: by_everystep(folder, depth)
-        measured = {name: measure(restore) for name, restore in contestants.items()}
-        samples = timing.alternate(measured, rounds=rounds, warmups=2)
-    return sum(value.nbytes for part in state.values() for value in part.values()), samples
+        with everystep.open(folder).run("bench") as run:
+            for step in range(LINK_COUNT):
+                work.show(step)
+                run.save(step, state=state).wait()
+        torch.save({part: dict(values) for part, values in state.items()}, path)
+        steps: dict[int, int] = {}
+        for step in range(LINK_COUNT):
+            steps.setdefault(depth_of(folder, step), step)
+        calls = {TORCH: timed(lambda: torch.load(path, mmap=False, weights_only=True))}
+        for depth, step in sorted(steps.items()):
+            calls[str(depth)] = timed(lambda step=step: everystep.open(folder)["bench"].at(step).load(like="torch"))
+        samples = timing.alternate(calls, rounds=rounds, warmups=2)
+    work.close()
+    return {"nbytes": work.nbytes, "samples": samples.as_dict()}
 
 
-def link_cost(samples: Samples) -> float:
-    """What one more link takes, in times of torch.load."""
-    shallow, deep = (samples.ratio(f"depth {depth}", TORCH, "restore") for depth in (0, max(DEPTHS)))
-    assert shallow is not None and deep is not None
-    return (deep - shallow) / max(DEPTHS)
+def link_cost(samples: Samples) -> float | None:
+    """What one more link takes, in times of torch.load: the slope of a line through the medians."""
+    depths = [int(name) for name in samples.values if name != TORCH]
+    found = [samples.ratio(str(depth), TORCH, "load") for depth in depths]
+    if len(depths) < 2 or None in found:
+        return None
+    return float(np.polyfit(depths, [value or 0.0 for value in found], 1)[0])
 
 
-def rows(title: str, samples: Samples) -> list[list[str]]:
-    return [
-        [
-            f"{title}: {name}",
-            timing.milliseconds(samples, name, "restore"),
-            timing.ratio(samples.ratio(name, TORCH, "restore")),
-        ]
-        for name in samples.values
-    ]
+# the tables -------------------------------------------------------------------------------------------------------
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    history = result["history"]
+    samples = Samples.from_dict(history["samples"])
+    base = f"{TORCH}|newest"
+    found: dict[str, dict[str, str]] = {}
+    for key in samples.values:
+        name, _, quantity = key.partition("|")
+        found.setdefault(name, {})[quantity] = key
+    for keys in found.values():
+        slow = [key for quantity, key in keys.items() if quantity.startswith("slowest")]
+        if slow:
+            keys["slowest"] = max(slow, key=lambda key: samples.median(key, "load") or 0.0)
+    rows = []
+    for name, keys in sorted(found.items(), key=lambda item: samples.median(item[1].get("newest", ""), "load") or 0.0):
+        cells = [keys.get(quantity, "") for quantity in QUANTITIES]
+        pairs = [(spread(samples.of(key, "load"), 1e3), ratio(samples.ratio(key, base, "load"))) for key in cells]
+        count = str(history["counts"][name]) if "oldest" in keys else "1"
+        rows.append([name, count, *itertools.chain.from_iterable(pairs)])
+    heads = [(f"{quantity} ms", "/ torch.load") for quantity in QUANTITIES]
+    head = ["", "n", *itertools.chain.from_iterable(heads)]
+    notes = ["median (least–most)", *results.left_out(history, samples)]
+    title = f"Loads out of a history of n checkpoints, {history['nbytes'] / 1e6:.0f} MB each"
+    return [Table(title, head, rows, notes), _links(result["links"])]
+
+
+def _links(links: dict[str, Any]) -> Table:
+    rows, notes = [], []
+    for what, found in links.items():
+        samples = Samples.from_dict(found["samples"])
+        title = f"{what}, {found['nbytes'] / 1e6:.0f} MB"
+        for name in sorted(samples.values, key=lambda name: -1 if name == TORCH else int(name)):
+            label = "torch.load" if name == TORCH else f"depth {name}"
+            rows.append([f"{title}: {label}", spread(samples.of(name, "load"), 1e3),
+                         ratio(samples.ratio(name, TORCH, "load"))])  # fmt: skip
+        notes.append(f"{what}: one more link takes {ratio(link_cost(samples))} × torch.load")
+    return Table("Chains of differences", ("", "load ms", "/ torch.load"), rows, notes)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.restore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--folder", help="on the disk to measure; default: the system's folder for temporary files")
-    parser.add_argument("--json", action="store_true")
+    parser = results.parser("benchmarks.restore", __doc__)
+    parser.add_argument("--count", type=int, default=sequences.LONG_COUNT, help="checkpoints of ours")
+    parser.add_argument("--others", type=int, default=sequences.COUNT, help="checkpoints of the others")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", help="files or names of peers, by commas; default: all")
     given = parser.parse_args(arguments)
     timing.warn_of_load()
-    table: list[list[str]] = []
-    result: dict[str, Any] = {"rounds": given.rounds}
-    costs = []
-    for title in ("all", "weights"):
-        nbytes, samples = run(given.rounds, given.folder, weights_only=title == "weights")
-        table += rows(f"{title}, {nbytes / 1e6:.0f} MB", samples)
-        costs.append(f"{title} {link_cost(samples):.2f}")
-        result[title] = {"nbytes": nbytes, "samples": samples.as_dict(), "link": link_cost(samples)}
-    text = timing.table(("", "restore ms", "/ torch.load"), table)
-    text += f"\n\none link, in times of torch.load: {', '.join(costs)} (target ≤ {TARGET:g})"
-    timing.show(f"restore: median (quartiles) of {given.rounds}", text, result, given.json)
+    links = {
+        what: measure_links(given.rounds, given.folder, weights_only=what == "weights")
+        for what in ("weights", "whole state")
+    }
+    result = {"links": links, "history": measure(given.count, given.others, given.rounds, given.peers, given.folder)}
+    results.publish("restore", result, tables(result), given, results.command("benchmarks.restore", arguments))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 python -m benchmarks.sequences gpt cnn ft_bf16 frozen lora emb
 
-gpt      5.6 M parameters from scratch on the standard library's sources, fp32 AdamW, cosine schedule; every 10 steps
+gpt      5.6 M parameters from scratch on the standard library's sources, fp32 AdamW; every 10 steps: a cosine schedule
+         over 30 checkpoints and, warmed up again, a second one over 70 more
 cnn      a ResNet with batch norm on drawn shapes, fp32 SGD with momentum, cosine schedule; every epoch
 ft_bf16  the pretrained all-MiniLM-L6-v2 tuned in pure bf16, documentation to code, AdamW, 2e-5; every 10 steps
 frozen   the same in fp32, all but the last block frozen
@@ -39,10 +40,12 @@ from benchmarks.timing import say
 from everystep.schema.dtype import name_of, parse
 
 FOLDER = Path(__file__).parents[1] / "bench-out" / "sequences"
-COUNT = 30
+COUNT, LONG_COUNT = 30, 100  # checkpoints; of gpt the latter
 THREADS = 2  # sums round differently with another number
 CONTEXT, WIDTH, HEADS, LAYERS, BATCH = 128, 256, 4, 7, 8
 PAIRS = 16  # of documentation and code in a batch of a fine-tune
+WEIGHTS = frozenset({"weights", "buffer"})
+OPTIMIZER = frozenset({"exp_avg", "exp_avg_sq", "momentum"})
 
 Array = np.ndarray[Any, Any]
 Moment = tuple[nn.Module, torch.optim.Optimizer]
@@ -80,10 +83,13 @@ class Sequence:
         return {entry.name: entry.role for entry in self.entries}
 
     def __len__(self) -> int:
-        return COUNT
+        """Checkpoints on disk."""
+        return sum(1 for _ in self.folder.glob("*.bin"))
 
     def __getitem__(self, index: int) -> dict[str, Array]:
-        data = np.memmap(self.folder / f"{range(COUNT)[index]:02}.bin", np.uint8, "r")
+        if index < 0:
+            raise IndexError(f"checkpoint {index} of {self.name}")
+        data = np.memmap(self.folder / f"{index:02}.bin", np.uint8, "r")
         out = {}
         for entry in self.entries:
             dtype, size = parse(entry.dtype), math.prod(entry.shape)
@@ -92,11 +98,17 @@ class Sequence:
         return out
 
 
-def load(name: str) -> Sequence:
-    """The sequence of that name, trained now if it has not been yet."""
-    if not (FOLDER / name / "index.json").exists():
+def length(name: str) -> int:
+    """How many checkpoints its training gives."""
+    return LONG_COUNT if name == "gpt" else COUNT
+
+
+def load(name: str, count: int = 1) -> Sequence:
+    """The sequence of that name, trained now if fewer than `count` of its checkpoints are on disk."""
+    sequence = Sequence(name)
+    if not (sequence.folder / "index.json").exists() or len(sequence) < count:
         _train(name)
-    return Sequence(name)
+    return sequence
 
 
 def _train(name: str) -> None:
@@ -113,9 +125,13 @@ def _train(name: str) -> None:
         with open(tmp / f"{number:02}.bin", "wb") as file:
             for _, value in state.values():
                 file.write(memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8)))
-        say(f"{name} {number + 1}/{COUNT} {time.perf_counter() - begun:.0f} s")
-    shutil.rmtree(FOLDER / name, ignore_errors=True)
+        say(f"{name} {number + 1}/{length(name)} {time.perf_counter() - begun:.0f} s")
+    old = FOLDER / f"{name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if (FOLDER / name).exists():
+        (FOLDER / name).rename(old)
     tmp.rename(FOLDER / name)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_index(folder: Path, state: dict[str, tuple[str, Array]]) -> None:
@@ -188,12 +204,16 @@ def _sources() -> bytes:
 
 
 def _steps(
-    model: nn.Module, optimizer: torch.optim.Optimizer, draw: Callable[[], torch.Tensor], rate: Callable[[int], float]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    draw: Callable[[], torch.Tensor],
+    rate: Callable[[int], float],
+    count: int = COUNT,
 ) -> Iterator[Moment]:
     """`draw` answers the loss of another batch."""
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     trained = [value for value in model.parameters() if value.requires_grad]
-    for step in range(1, 10 * COUNT + 1):
+    for step in range(1, 10 * count + 1):
         loss = draw()
         optimizer.zero_grad()
         loss.backward()
@@ -206,20 +226,30 @@ def _steps(
 
 
 def _cosine(step: int, warm_up: int = 20, last: float = 0.05) -> float:
-    done = min(1.0, step / (10 * COUNT))
+    """Two cycles: the first 30 checkpoints are a whole training, and do not depend on how many follow."""
+    if step > 10 * COUNT:
+        step, steps = step - 10 * COUNT, 10 * (LONG_COUNT - COUNT)
+    else:
+        steps = 10 * COUNT
+    done = min(1.0, step / steps)
     return min(1.0, (step + 1) / warm_up) * (last + (1 - last) * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _gpt() -> Iterator[Moment]:
+def gpt(batch: int = BATCH) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], torch.Tensor]]:
+    """The model, its optimizer, and what answers the loss of another batch."""
     model, data = GPT(), torch.frombuffer(bytearray(_sources()), dtype=torch.uint8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
 
     def loss() -> torch.Tensor:
-        starts = torch.randint(len(data) - CONTEXT - 1, (BATCH,))
+        starts = torch.randint(len(data) - CONTEXT - 1, (batch,))
         tokens = torch.stack([data[start : start + CONTEXT + 1] for start in starts]).long()
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
-    return _steps(model, optimizer, loss, _cosine)
+    return model, optimizer, loss
+
+
+def _gpt() -> Iterator[Moment]:
+    return _steps(*gpt(), _cosine, LONG_COUNT)
 
 
 # what continues pretrained weights -------------------------------------------------------------------------------
@@ -352,7 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[[], *RECIPES], default=[], help="default: all")
     for name in parser.parse_args().names or RECIPES:
-        sequence = load(name)
+        sequence = load(name, length(name))
         say(
             f"{name}: {len(sequence)} checkpoints of {sum(value.nbytes for value in sequence[0].values()) / 1e6:.1f} MB"
         )

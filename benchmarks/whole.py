@@ -1,49 +1,44 @@
-"""What n checkpoints take up on disk: ours through the public door, and other ways over the same bytes as files.
+"""What n checkpoints take up on disk: ours through the public door, and every other way with the same states.
 
-python -m benchmarks.whole [ROW …] [--count 30] [--peers zstd,float,xor,zipnn,restic,borg] [--folder DIR] [--json]
+python -m benchmarks.whole [ROW …] [--count 100] [--peers zstd,restic] [--seconds 240] [--folder DIR] [--json]
 
-A row is a sequence of real checkpoints (benchmarks.sequences), or some of its arrays. For the others each checkpoint is
-a file: its arrays, one behind the other. Ours counts every file in the repository's folder, log and manifests included;
-each checkpoint is loaded back and compared bit for bit. All figures are stored / raw: of the whole history or, in rows
-that say `later`, of what each checkpoint after the first adds.
+A row is a sequence of real checkpoints (benchmarks.sequences), or some of its arrays. Every file of a way's folder
+counts, log and manifests included. Checkpoints are loaded back and compared bit for bit: all of ours, of the others the
+oldest, one in the middle and the newest. All figures are stored / raw: of the first n checkpoints or, in rows that say
+`later`, of what each after the first adds.
 
-The differences of XOR, float and zipnn reach back to the first checkpoint, 29 links for the newest; ours reads at most
-8. `wrong` counts elements that come back with other bits. restic and borg keep the folder after the first checkpoint,
-and after all.
+XOR, zipnn XOR and the difference of floats lean on the checkpoint before, back to the first: as small as they get, and
+99 links to load the newest of 100. Ours reads no more than its settings allow. Ways that write bytes as they are have
+figures for the first row only. One row of one way again: python -m benchmarks.whole gpt --peers restic
 """
 
 from __future__ import annotations
 
-import argparse
-import gzip
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import zstandard
-
 import everystep
-from benchmarks import sequences, timing
-from benchmarks.history import ZipNN
-from benchmarks.peers.borg import Borg
-from benchmarks.peers.restic import Restic
-from benchmarks.sequences import Array, Sequence
-from everystep.codecs import planes
+from benchmarks import apart, peers, results, sequences, timing
+from benchmarks.apart import Apart
+from benchmarks.peers import Peer, slug
+from benchmarks.peers.everystep import Everystep
+from benchmarks.results import Table, number
+from benchmarks.sequences import OPTIMIZER, WEIGHTS, Sequence
+from benchmarks.timing import Stopwatch
+from benchmarks.work import Replay
 from everystep.seam import Files, Seam
 
-WEIGHTS = frozenset({"weights", "buffer"})
-OPTIMIZER = frozenset({"exp_avg", "exp_avg_sq", "momentum"})
-THINNED = everystep.last(2)
+COUNTS = (10, 30, 50, 100)
+SECONDS_MAX = 240.0
+HELD_COUNT = 30
 
 # rows --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Row:
-    """A history to store, and what it may come to."""
+    """A history to store."""
 
     name: str
     sequence: str
@@ -51,121 +46,92 @@ class Row:
     later: bool = False
     unchanged: bool = False
     """Only leaves that are the same in every checkpoint."""
-    target: float | None = None
-    target_thin: float | None = None
+    usual: bool = True
+    """Measured unless others are asked for."""
 
-    def names(self, sequence: Sequence, count: int) -> list[str]:
+    def names(self, sequence: Sequence) -> list[str]:
         found = [name for name, role in sequence.roles.items() if role in self.roles]
         if not self.unchanged:
             return found
-        first, last = sequence[0], sequence[count - 1]
-        return [name for name in found if _same(first[name], last[name])]
+        first, last = sequence[0], sequence[len(sequence) - 1]
+        return [name for name in found if first[name].tobytes() == last[name].tobytes()]
 
 
 ROWS = {
     row.name: row
     for row in (
-        Row("gpt", "gpt", target=0.80, target_thin=0.30),
-        Row("cnn", "cnn", target=0.74),
-        Row("ft_bf16-weights", "ft_bf16", WEIGHTS, later=True, target=0.03),
-        Row("frozen-weights", "frozen", WEIGHTS, later=True, target=0.045),
-        Row("lora-weights", "lora", WEIGHTS, later=True, target=0.005),
-        Row("unchanged", "frozen", WEIGHTS, later=True, unchanged=True, target=0.0005),
-        Row("ft_bf16", "ft_bf16"),
-        Row("frozen", "frozen"),
-        Row("lora", "lora"),
-        Row("emb", "emb"),
+        Row("gpt", "gpt"),
+        Row("gpt-weights", "gpt", WEIGHTS),
+        Row("cnn", "cnn"),
+        Row("ft_bf16-weights", "ft_bf16", WEIGHTS, later=True),
+        Row("frozen-weights", "frozen", WEIGHTS, later=True),
+        Row("lora-weights", "lora", WEIGHTS, later=True),
+        Row("unchanged", "frozen", WEIGHTS, later=True, unchanged=True),
+        Row("ft_bf16", "ft_bf16", usual=False),
+        Row("frozen", "frozen", usual=False),
+        Row("lora", "lora", usual=False),
+        Row("emb", "emb", usual=False),
     )
 }
-Checkpoint = dict[str, Array]
+FIRST = "gpt"
+
+# one way -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class History:
-    """The checkpoints of a row; `history[i]` maps names to arrays."""
-
-    row: Row
-    sequence: Sequence
-    names: list[str]
-    count: int
-
-    @staticmethod
-    def of(row: Row, count: int) -> History:
-        sequence = sequences.load(row.sequence)
-        return History(row, sequence, row.names(sequence, count), count)
-
-    def __getitem__(self, index: int) -> Checkpoint:
-        whole = self.sequence[index]
-        return {name: whole[name] for name in self.names}
-
-    def __iter__(self) -> Iterator[Checkpoint]:
-        return (self[index] for index in range(self.count))
-
-    @property
-    def nbytes(self) -> int:
-        """Of one checkpoint."""
-        return sum(value.nbytes for value in self[0].values())
-
-    def state(self, index: int) -> dict[str, Checkpoint]:
-        """One checkpoint as a program keeps it: parameters, and the optimizer's arrays beside them."""
-        here, roles = self[index], self.sequence.roles
-        parts = {
-            "params": {name: value for name, value in here.items() if roles[name] in WEIGHTS},
-            "opt_state": {name: value for name, value in here.items() if roles[name] in OPTIMIZER},
-        }
-        return {name: part for name, part in parts.items() if part}
+def store(peer: type[Peer], work: Replay, count: int, folder: str, seconds_max: float) -> dict[str, Any]:
+    """Bytes on disk after each checkpoint, as many as there is time for; and elements that came back changed."""
+    contestant, watch, sizes = Apart(peer, work.memory, os.path.join(folder, slug(peer.name))), Stopwatch(), list[int]()
+    try:
+        for number_ in range(count):
+            work.show(number_)
+            sizes.append(contestant.call("keep", number_))
+            if watch.seconds() > seconds_max:
+                timing.say(f"  {peer.name} has used up its {seconds_max:.0f} s after {len(sizes)} checkpoints")
+                break
+        last = len(sizes) - 1
+        wrong = elements = 0
+        for number_ in range(last + 1) if issubclass(peer, Everystep) else sorted({0, last // 2, last}):
+            work.show(number_)
+            here, of = contestant.call("check", number_)
+            wrong, elements = wrong + here, elements + of
+        if wrong and peer.exact:
+            raise apart.Failed(f"{wrong} of {elements} elements came back changed")
+        return {"sizes": sizes, "wrong": wrong, "elements": elements}
+    finally:
+        contestant.close()
 
 
-def _same(one: Array, other: Array) -> bool:
-    return one.tobytes() == other.tobytes()
+def share(found: dict[str, Any], row: dict[str, Any], count: int) -> float | None:
+    sizes = found["sizes"]
+    if len(sizes) < count:
+        return None
+    if row["later"]:
+        return float((sizes[count - 1] - sizes[0]) / (count - 1) / row["checkpoint_bytes"])
+    return float(sizes[count - 1] / count / row["checkpoint_bytes"])
 
 
-@dataclass
-class Stored:
-    """Bytes on disk after the first checkpoint, and after the last."""
-
-    first: int
-    all: int
-    wrong: int | None = None
-    """Elements that come back with other bits, of `elements`."""
-    elements: int = 0
-
-    def share(self, history: History) -> float:
-        if history.row.later:
-            return (self.all - self.first) / (history.count - 1) / history.nbytes
-        return self.all / history.count / history.nbytes
-
-
-# ours --------------------------------------------------------------------------------------------------------------
-
-
-def ours(history: History, folder: str, keep_full: everystep.Rule | None = None) -> Stored:
-    """Through the public door, as a user would; then everything is loaded again and compared."""
-    repo = everystep.open(folder)
-    with warnings.catch_warnings(), repo.run("bench", keep_full=keep_full) as run:
-        if history.row.unchanged:
-            warnings.filterwarnings("ignore", message=".*no byte changed")
-        run.save(0, state=history.state(0)).wait()
-        first = timing.folder_bytes(folder)
-        for step in range(1, history.count):
-            run.save(step, state=history.state(step))
-    everything = timing.folder_bytes(folder)
-    past = everystep.open(folder)["bench"]
-    full = history.count if keep_full is None else 2
-    for step in range(history.count):
-        compare(past.at(step), history.state(step), whole=step >= history.count - full)
-    return Stored(first, everything)
+def measure(row: Row, count: int, ways: list[type[Peer]], place: str | None, seconds_max: float) -> dict[str, Any]:
+    sequence = sequences.load(row.sequence, min(count, sequences.length(row.sequence)))
+    work = Replay(sequence, names=row.names(sequence))
+    work.show(0)
+    out: dict[str, Any] = {"row": row.name, "later": row.later, "checkpoint_bytes": work.nbytes}
+    out |= {"count": min(count, len(sequence)), "ways": {}, "failed": {}}
+    thins = bool(OPTIMIZER & row.roles)
+    for way in ways:
+        if (way.plain and row.name != FIRST) or (way.name.startswith("everystep, keep_full") and not thins):
+            continue
+        timing.say(f"{row.name}: {way.name}")
+        try:
+            with timing.scratch(place) as folder:
+                out["ways"][way.name] = store(way, work, out["count"], folder, seconds_max)
+        except apart.Failed as error:
+            out["failed"][way.name] = str(error)
+            timing.say(f"{way.name} failed and is left out: {error}")
+    work.close()
+    return out
 
 
-def compare(checkpoint: everystep.Checkpoint, state: dict[str, Checkpoint], *, whole: bool) -> None:
-    """Ends the benchmark where a bit is another; of a thinned checkpoint only the weights are there."""
-    if checkpoint.thin is whole:
-        raise SystemExit(f"{checkpoint}: thinned, or not, against its run's rule")
-    for part, arrays in state.items():
-        if whole or part != "opt_state":
-            loaded = checkpoint.load(only=part)
-            if loaded.keys() != arrays.keys() or not all(_same(loaded[name], arrays[name]) for name in arrays):
-                raise SystemExit(f"{checkpoint}: {part} did not come back as it was saved")
+# room while rules drop ---------------------------------------------------------------------------------------------
 
 
 class Watching(Files):
@@ -186,200 +152,90 @@ class Watching(Files):
         self.held -= found.st_size if found.st_nlink == 1 else 0
 
 
-def most_held(history: History, folder: str, keep: everystep.Rule) -> float:
-    """Raw states that the repository's folder holds at most while a run saves under a rule, after any file call."""
-    files = Watching()
-    with everystep.open(folder, seam=Seam(files)).run("bench", keep=keep) as run:
-        for step in range(history.count):
-            run.save(step, state=history.state(step)).wait()
-    if files.held != timing.folder_bytes(folder):
-        raise SystemExit("the file calls were not all counted")
-    past = everystep.open(folder)["bench"]
-    for checkpoint in past.checkpoints():
-        compare(checkpoint, history.state(checkpoint.step), whole=True)
-    return files.most / history.nbytes
+def most_held(place: str | None, keep: everystep.Rule) -> float:
+    """Raw states that the folder holds at most while a run of gpt saves under a rule, after any file call."""
+    work, files = Replay(sequences.load(FIRST)), Watching()
+    with timing.scratch(place) as folder:
+        with everystep.open(folder, seam=Seam(files)).run("bench", keep=keep) as run:
+            for step in range(HELD_COUNT):
+                work.show(step)
+                run.save(step, state=work.memory.state()).wait()
+        if files.held != timing.folder_bytes(folder):
+            raise SystemExit("the file calls were not all counted")
+    work.close()
+    return files.most / work.nbytes
 
 
-# other ways --------------------------------------------------------------------------------------------------------
-
-Way = Callable[[Checkpoint, "Checkpoint | None"], int]
-"""(a checkpoint, the one before or None) -> bytes of its file"""
+# the tables --------------------------------------------------------------------------------------------------------
 
 
-def _file(checkpoint: Checkpoint) -> Array:
-    return np.concatenate([np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in checkpoint.values()])
+def tables(result: dict[str, Any]) -> list[Table]:
+    rows, out = result["rows"], []
+    first = next((row for row in rows if row["row"] == FIRST), None)
+    if first is not None:
+        counts = [count for count in COUNTS if count <= first["count"]]
+        found = [[name, *(number(share(way, first, n)) for n in counts)] for name, way in first["ways"].items()]
+        title = f"Stored / raw of n checkpoints of {FIRST}, {first['checkpoint_bytes'] / 1e6:.1f} MB each"
+        out.append(Table(title, ("", *(f"n = {n}" for n in counts)), found, results.left_out(first)))
+    names = list(dict.fromkeys(name for row in rows for name, way in row["ways"].items() if not _plain(name)))
+    body, notes = [], []
+    for row in rows:
+        count = min(row["count"], sequences.COUNT)
+        cells = [_cell(row["ways"].get(name), row, count) for name in names]
+        body.append([row["row"] + (", later" if row["later"] else ""), f"{row['checkpoint_bytes'] / 1e6:.1f}", *cells])
+        notes += [f"failed, {name} on {row['row']}: {why}" for name, why in row["failed"].items() if row is not first]
+        notes += [
+            f"{name} on {row['row']} gives other bits back in {way['wrong']:,} of {way['elements']:,} elements"
+            for name, way in row["ways"].items()
+            if way["wrong"]
+        ]
+    notes += results.left_out({"missing": result["missing"]})
+    count = min(sequences.COUNT, max((row["count"] for row in rows), default=0))
+    out.append(Table(f"Stored / raw of {count} checkpoints", ("", "MB", *names), body, notes))
+    if result.get("most_held") is not None:
+        held = f"{result['most_held']:.2f}"
+        title = "Most that the folder holds while rules drop, in raw states"
+        out.append(Table(title, ("", "at most"), [[f"{FIRST}, keep=last(3), {HELD_COUNT} saves", held]]))
+    return out
 
 
-def _width(checkpoint: Checkpoint) -> int:
-    """Bytes of most elements; every array of these sequences is a multiple of it."""
-    return max(checkpoint.values(), key=lambda value: value.nbytes).itemsize
+def _plain(name: str) -> bool:
+    return any(peer.plain for peer in peers.all_peers() if peer.name == name)
 
 
-def zstd_alone(now: Checkpoint, before: Checkpoint | None) -> int:
-    return len(zstandard.ZstdCompressor(level=3).compress(memoryview(_file(now))))
+def _cell(way: dict[str, Any] | None, row: dict[str, Any], count: int) -> str:
+    return results.NOTHING if way is None else number(share(way, row, count), 4)
 
 
-def xor_planes(now: Checkpoint, before: Checkpoint | None) -> int:
-    words = _file(now).view(f"u{_width(now)}")
-    if before is not None:
-        words = words ^ _file(before).view(words.dtype)
-    return sum(len(zstandard.ZstdCompressor(level=3).compress(memoryview(row))) for row in planes.split(words))
+def main(arguments: list[str] | None = None) -> None:
+    parser = results.parser("benchmarks.whole", __doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: the first seven")
+    parser.add_argument("--count", type=int, default=sequences.LONG_COUNT, help="checkpoints, where there are so many")
+    parser.add_argument("--seconds", type=float, default=SECONDS_MAX, help="for each way on each row")
+    parser.add_argument("--peers", help="files or names of peers, by commas; none: ours only; default: all")
+    given = parser.parse_args(arguments)
+    unknown = {*given.rows} - {*ROWS}
+    if unknown or not 2 <= given.count <= sequences.LONG_COUNT:
+        parser.error(f"not known: {', '.join(sorted(unknown)) or given.count}")
+    ways, missing = peers.choose(given.peers, "whole", ("everystep", "everystep-keep-full-last-2"))
+    chosen = [ROWS[name] for name in given.rows] or [row for row in ROWS.values() if row.usual]
+    rows = [measure(row, given.count, ways, given.folder, given.seconds) for row in chosen if ready(row, missing)]
+    result: dict[str, Any] = {"rows": rows, "missing": missing}
+    if not given.rows:
+        result["most_held"] = most_held(given.folder, everystep.last(3))
+    given.record = given.record and not given.rows
+    results.publish("whole", result, tables(result), given, results.command("benchmarks.whole", arguments))
 
 
-@dataclass
-class FloatDifference:
-    """Differences of floats under gzip; restored by adding them up again, as its reader has to."""
-
-    wrong: int = 0
-    all: int = 0
-    restored: Checkpoint = field(default_factory=dict)
-
-    def __call__(self, now: Checkpoint, before: Checkpoint | None) -> int:
-        stored = {}
-        for name, value in now.items():
-            with np.errstate(all="ignore"):
-                stored[name] = value if before is None else value - before[name]
-                self.restored[name] = value.copy() if before is None else self.restored[name] + stored[name]
-            bits = f"u{value.itemsize}"
-            self.wrong += int((self.restored[name].view(bits) != value.view(bits)).sum())
-            self.all += value.size
-        return len(gzip.compress(memoryview(_file(stored)), 6))
-
-
-def zipnn_delta() -> Way:
-    """zipnn's own difference, with the whole file as numbers of its commonest type."""
-    way = ZipNN()
-
-    def stored(now: Checkpoint, before: Checkpoint | None) -> int:
-        dtype = max(now.values(), key=lambda value: value.nbytes).dtype
-        return way(_file(now).view(dtype), _file(before).view(dtype) if before is not None else None)
-
-    return stored
-
-
-WAYS: dict[str, Callable[[], Way]] = {
-    "zstd": lambda: zstd_alone, "float": FloatDifference, "xor": lambda: xor_planes, "zipnn": zipnn_delta,
-}  # fmt: skip
-KEEPERS: dict[str, Any] = {"restic": Restic, "borg": Borg}
-HEADS = {
-    "zstd": "zstd-3", "float": "float -, gzip-6 (elements wrong)", "xor": "XOR, planes, zstd-3", "zipnn": "zipnn delta",
-    "restic": "restic, max", "borg": "borg, zstd-3",
-}  # fmt: skip
-
-
-def by_file(way: Way, history: History) -> Stored:
-    sizes, before = [], None
-    for now in history:
-        sizes.append(way(now, before))
-        before = now
-    wrong = (way.wrong, way.all) if isinstance(way, FloatDifference) else (None, 0)
-    return Stored(sizes[0], sum(sizes), *wrong)
-
-
-def by_folder(make: Any, history: History, folder: str) -> Stored:
-    files, kept = os.path.join(folder, "files"), os.path.join(folder, "kept")
-    os.mkdir(files)
-    os.mkdir(kept)
-    keeper, first = make(kept), 0
-    for number, now in enumerate(history):
-        _file(now).tofile(os.path.join(files, f"{number:02}.bin"))
-        if number == 0:
-            keeper.add(files)
-            first = keeper.nbytes()
-    keeper.add(files)
-    return Stored(first, keeper.nbytes())
-
-
-def available(names: list[str]) -> list[str]:
-    """Those that are installed; the others are named, with what to do."""
-    found = []
-    for name in names:
-        try:
-            if name in WAYS:
-                WAYS[name]()
-            elif not KEEPERS[name].there():
-                timing.say(f"{KEEPERS[name].missing}; its column is left out")
-                continue
-            found.append(name)
-        except ImportError:
-            timing.say(f"{name} is not installed: pip install {name}; its column is left out")
-    return found
-
-
-def ready(row: Row) -> bool:
+def ready(row: Row, missing: dict[str, str]) -> bool:
     """Trains the row's sequence if it has not been yet; says what to install where that is missing."""
     try:
         sequences.load(row.sequence)
     except SystemExit as error:
+        missing[f"the row {row.name}"] = str(error)
         timing.say(f"{error}; the row {row.name} is left out")
         return False
     return True
-
-
-# the table ---------------------------------------------------------------------------------------------------------
-
-
-def measure(row: Row, count: int, ways: list[str], place: str | None) -> dict[str, Any]:
-    history = History.of(row, count)
-    out: dict[str, Any] = {"row": row.name, "later": row.later, "checkpoint_bytes": history.nbytes, "ways": {}}
-    for way in ways:
-        timing.say(f"{row.name}: {way}")
-        with timing.scratch(place) as folder:
-            stored = by_file(WAYS[way](), history) if way in WAYS else by_folder(KEEPERS[way], history, folder)
-        out["ways"][way] = {"stored": stored.share(history), "wrong": stored.wrong, "elements": stored.elements}
-    timing.say(f"{row.name}: everystep")
-    with timing.scratch(place) as folder:
-        out["ours"] = ours(history, folder).share(history)
-    thins = OPTIMIZER & row.roles
-    if thins:
-        with timing.scratch(place) as folder:
-            out["ours_thin"] = ours(history, folder, THINNED).share(history)
-    out |= {"target": row.target, "target_thin": row.target_thin}
-    return out
-
-
-def shown(found: dict[str, Any], ways: list[str]) -> list[str]:
-    def number(value: float | None) -> str:
-        return "–" if value is None else f"{value:.4f}"
-
-    others = []
-    for way in ways:
-        here = found["ways"][way]
-        wrong = f" ({here['wrong']:,} of {here['elements']:,})" if here["wrong"] is not None else ""
-        others.append(number(here["stored"]) + wrong)
-    target = " / ".join(f"≤ {value:g}" for value in (found["target"], found["target_thin"]) if value is not None)
-    return [
-        found["row"] + (", later" if found["later"] else ""), f"{found['checkpoint_bytes'] / 1e6:.1f}", *others,
-        number(found["ours"]), number(found.get("ours_thin")), target or "–",
-    ]  # fmt: skip
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.whole", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}; default: those with a target")
-    parser.add_argument("--count", type=int, default=sequences.COUNT, help="checkpoints of each history")
-    parser.add_argument("--peers", default=",".join(HEADS), help="none, or any of " + ", ".join(HEADS))
-    parser.add_argument("--folder", help="where files are written; default: the system's folder for temporary files")
-    parser.add_argument("--json", action="store_true")
-    given = parser.parse_args(arguments)
-    asked = [way for way in given.peers.split(",") if way != "none"]
-    unknown = {*given.rows} - {*ROWS} or {*asked} - {*HEADS}
-    if unknown or not 2 <= given.count <= sequences.COUNT:
-        parser.error(f"not known: {', '.join(sorted(unknown)) or given.count}")
-    ways = available(asked)
-    chosen = [ROWS[name] for name in given.rows] or [row for row in ROWS.values() if row.target is not None]
-    rows = [row for row in chosen if ready(row)]
-    found = [measure(row, given.count, ways, given.folder) for row in rows]
-    head = ["", "MB", *(HEADS[way] for way in ways), "everystep", "keep_full=last(2)", "target"]
-    text = timing.table(head, [shown(one, ways) for one in found])
-    result: dict[str, Any] = {"count": given.count, "rows": found}
-    if ROWS["gpt"] in rows:
-        with timing.scratch(given.folder) as folder:
-            result["most_held"] = most_held(History.of(ROWS["gpt"], given.count), folder, everystep.last(3))
-        text += f"\n\ngpt, keep=last(3): the folder holds {result['most_held']:.2f} raw states at most (target ≤ 4.5)"
-    timing.show(f"stored / raw of {given.count} checkpoints", text, result, given.json)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,54 @@
-"""borg over a folder of files: chunks cut by content, each stored once, under zstd."""
+"""borg over each checkpoint as one file: chunks cut by content, each stored once, under zstd."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 
 from benchmarks import timing
+from benchmarks.peers import Flat, Peer, State
 
 
-class Borg:
+class Borg(Peer):
     name = "borg"
-    missing = "borg is not installed: apt-get install borgbackup"
+    needs = ("!borg=apt-get install borgbackup",)
+    where = frozenset({"blocking", "restore", "whole"})
+    keeps_all = True
 
-    def __init__(self, folder: str) -> None:
-        self._folder = os.path.join(folder, "repository")
-        self._home = os.path.join(folder, "home")
-        self._count = 0
-        self._call("init", "--encryption", "none", self._folder)
+    def __init__(self, state: State, folder: str) -> None:
+        super().__init__(state, folder)
+        self._flat = Flat(state)
+        self._buffer = self._flat.make()
+        self._repository, self._files = os.path.join(folder, "repository"), os.path.join(folder, "files")
+        os.mkdir(self._files)
+        self._call("init", "--encryption", "none", self._repository)
 
-    @staticmethod
-    def there() -> bool:
-        return shutil.which("borg") is not None
+    def save(self, step: int) -> None:
+        self.step = step
+        self._flat.fill(self._buffer).tofile(os.path.join(self._files, "state"))
+        self._call("create", "--compression", "zstd,3", f"{self._repository}::{step}", "state")
 
-    def add(self, files: str) -> None:
-        """Backs a folder up; what an earlier backup holds is not stored again."""
-        self._count += 1
-        self._call("create", "--compression", "zstd,3", f"{self._folder}::{self._count}", ".", at=files)
+    def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:
+        with timing.scratch(self.folder) as out:
+            self._call("extract", f"{self._repository}::{self.step if step is None else step}", at=out)
+            return self._flat.state(np.fromfile(os.path.join(out, "state"), np.uint8))
 
-    def nbytes(self) -> int:
-        return timing.folder_bytes(self._folder)
+    def stored(self) -> int:
+        return timing.folder_bytes(self._repository)
 
     def _call(self, *arguments: str, at: str | None = None) -> None:
         """Its cache, keys and answers to its questions stay in a folder of their own."""
         environment = {
             **os.environ,
-            "BORG_BASE_DIR": self._home,
+            "BORG_BASE_DIR": os.path.join(self.folder, "home"),
             "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
             "BORG_RELOCATED_REPO_ACCESS_IS_OK": "yes",
         }
-        subprocess.run(["borg", *arguments], cwd=at, env=environment, check=True)
+        subprocess.run(["borg", *arguments], cwd=at or self._files, env=environment, check=True)
+
+
+PEERS = (Borg,)

@@ -1,4 +1,4 @@
-"""torch.distributed.checkpoint.async_save in one process: with its default stager, and with one kept between saves.
+"""torch.distributed.checkpoint: save, and async_save in a thread (its stager made anew or kept) and in a process.
 
 Its stagers with pinned memory or a copy in the background need an accelerator, and are no contestants without one.
 """
@@ -8,68 +8,84 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from benchmarks import peers
-from benchmarks.work import Training
+from benchmarks.peers import Peer, State
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
 
 
-class Dcp:
-    name = "torch DCP async"
-
-    def __init__(self, training: Training, folder: str) -> None:
-        self._training, self._folder = training, folder
-        self._path = os.path.join(folder, "state")
-        self._stager: AsyncStager | None = None
-        self._under_way: Any = None
+class Dcp(Peer):
+    name = "torch DCP"
+    where = frozenset({"blocking", "whole"})
+    plain = True
 
     def save(self, step: int) -> None:
-        self._under_way = dcp.async_save(
-            self._training.state(), checkpoint_id=self._path, no_dist=True, async_stager=self._stager
+        self.step = step
+        dcp.save(self._state(), checkpoint_id=self.path(step), no_dist=True)
+
+    def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:
+        """Into memory that its caller provides, as its interface wants it."""
+        state = {
+            part: {name: torch.empty_like(value) for name, value in values.items()}
+            for part, values in self.state.items()
+        }
+        dcp.load(state, checkpoint_id=self.path(step), no_dist=True)
+        return state
+
+    def _state(self) -> dict[str, Any]:
+        return {part: dict(values) for part, values in self.state.items()}
+
+
+class DcpAsync(Dcp):
+    name = "torch DCP async"
+    where = frozenset({"blocking", "training"})
+    options: ClassVar[dict[str, Any]] = {"no_dist": True}
+    stager: DefaultStager | None = None
+    under_way: Any = None
+
+    def save(self, step: int) -> None:
+        self.step = step
+        self.under_way = dcp.async_save(
+            self._state(), checkpoint_id=self.path(step), async_stager=self.stager, **self.options
         )
 
     def finish(self) -> None:
-        future = self._under_way
-        getattr(future, "upload_completion", future).result()
-        peers.sync(self._folder)
-
-    def load(self) -> Mapping[str, torch.Tensor]:
-        """Into memory that its caller provides, as its interface wants it."""
-        state = {"model": _empty(self._training.model.state_dict()), "optimizer": _empty(self._training.optimizer)}
-        dcp.load(state, checkpoint_id=self._path, no_dist=True)
-        return state["model"]
-
-    def clear(self) -> None:
-        peers.remove(self._path)
+        getattr(self.under_way, "upload_completion", self.under_way).result()
+        super().finish()
 
     def close(self) -> None:
-        if self._stager is not None:
-            self._stager.close()
-        self.clear()
+        if self.stager is not None:
+            self.stager.close()
 
 
-class DcpKeptStager(Dcp):
+class DcpKeptStager(DcpAsync):
     name = "torch DCP async, kept stager"
+    where = frozenset({"blocking", "training", "link"})
 
-    def __init__(self, training: Training, folder: str) -> None:
-        super().__init__(training, folder)
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+    def __init__(self, state: State, folder: str) -> None:
+        super().__init__(state, folder)
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
 
 
-def _empty(state: Any) -> Any:
-    """The same nested state with fresh tensors."""
-    if isinstance(state, torch.optim.Optimizer):
-        return _empty(state.state_dict())
-    if isinstance(state, torch.Tensor):
-        return torch.empty_like(state)
-    if isinstance(state, dict):
-        return {key: _empty(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(_empty(value) for value in state)
-    return state
+class DcpProcess(DcpAsync):
+    """In a process of its own; the stager is kept, in memory that both share."""
+
+    name = "torch DCP async, process"
+    options: ClassVar[dict[str, Any]] = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
+
+    def __init__(self, state: State, folder: str) -> None:
+        super().__init__(state, folder)
+        self.stager = DefaultStager(StagingOptions(False, True, False, False))
+        if not dist.is_initialized():
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+PEERS = (Dcp, DcpAsync, DcpKeptStager, DcpProcess)

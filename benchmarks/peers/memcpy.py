@@ -5,30 +5,29 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.work import Training
+from benchmarks.peers import Peer, State, bytes_of, flat_names
 
 
-class Memcpy:
+class Memcpy(Peer):
     """One thread: NumPy's copy."""
 
     name = "memcpy, one thread"
+    where = frozenset({"blocking"})
+    floor = True
 
-    def __init__(self, training: Training) -> None:
-        self._training = training
-        self._buffer = np.zeros(training.nbytes, np.uint8)
-        self._buffer += 1  # zeros alone are not backed by memory yet
+    def __init__(self, state: State, folder: str) -> None:
+        super().__init__(state, folder)
+        sources = [bytes_of(value) for value in flat_names(state).values()]
+        buffer = np.ones(sum(source.nbytes for source in sources), np.uint8)  # zeros are not backed by memory yet
+        ends = np.cumsum([source.nbytes for source in sources])
+        self._pairs = [(buffer[end - source.nbytes : end], source) for end, source in zip(ends, sources)]
 
-    def prepare(self) -> None:
-        """Pairs of source and target; not part of the time."""
-        self._pairs, at = [], 0
-        for value in self._training.tensors().values():
-            source = value.view(-1).numpy().view(np.uint8)
-            self._pairs.append((self._buffer[at : at + value.nbytes], source))
-            at += value.nbytes
-
-    def copy(self) -> None:
+    def save(self, step: int) -> None:
         for target, source in self._pairs:
             np.copyto(target, source)
+
+    def finish(self) -> None:
+        """It keeps nothing."""
 
 
 class MemcpyThreads(Memcpy):
@@ -36,10 +35,13 @@ class MemcpyThreads(Memcpy):
 
     name = "memcpy, all threads"
 
-    def prepare(self) -> None:
-        super().prepare()
+    def __init__(self, state: State, folder: str) -> None:
+        super().__init__(state, folder)
         self._tensors = [(torch.from_numpy(target), torch.from_numpy(source)) for target, source in self._pairs]
 
-    def copy(self) -> None:
+    def save(self, step: int) -> None:
         for target, source in self._tensors:
             target.copy_(source)
+
+
+PEERS = (Memcpy, MemcpyThreads)

@@ -1,38 +1,42 @@
-"""safetensors: save_file of the flat state; it blocks until the file is written, and syncs nothing."""
+"""safetensors: save_file of the flat state; it blocks until the file is written, as is and with fsync."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from benchmarks import peers
-from benchmarks.work import Training
+from benchmarks.peers import Peer, flat_names, nested, sync
 
 
-class Safetensors:
+class Safetensors(Peer):
     name = "safetensors"
-
-    def __init__(self, training: Training, folder: str) -> None:
-        self._training, self._folder = training, folder
-        self._path = os.path.join(folder, "state.safetensors")
+    needs = ("safetensors",)
+    where = frozenset({"blocking", "training", "restore", "whole"})
+    plain = True
 
     def save(self, step: int) -> None:
-        save_file(self._training.tensors(), self._path)
+        from safetensors.torch import save_file
+
+        self.step = step
+        save_file(flat_names(self.state), self.path(step))
+
+    def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:
+        """The file is mapped, not read: a copy of each tensor is what loads it."""
+        from safetensors.torch import load_file
+
+        return nested({name: value.clone() for name, value in load_file(self.path(step)).items()})
+
+
+class SafetensorsSynced(Safetensors):
+    name = "safetensors + fsync"
+    where = frozenset({"blocking", "link"})
+
+    def save(self, step: int) -> None:
+        super().save(step)
+        sync(self.folder)
 
     def finish(self) -> None:
-        peers.sync(self._folder)
+        """`save` has synced."""
 
-    def load(self) -> Mapping[str, torch.Tensor]:
-        found = load_file(self._path)
-        # The file is mapped, not read: touching each tensor is what loads it.
-        held = {name: value.clone() for name, value in found.items()}
-        return {name.removeprefix("model."): value for name, value in held.items() if name.startswith("model.")}
 
-    def clear(self) -> None:
-        peers.remove(self._path)
-
-    def close(self) -> None:
-        self.clear()
+PEERS = (Safetensors, SafetensorsSynced)

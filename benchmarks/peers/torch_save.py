@@ -1,45 +1,38 @@
-"""torch.save into one file that is written anew each time, as is and with fsync of the file and its folder."""
+"""torch.save into one file, as is and with fsync of the file and its folder."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from benchmarks import peers
-from benchmarks.work import Training
+from benchmarks.peers import Peer, sync
 
 
-class TorchSave:
+class TorchSave(Peer):
     name = "torch.save"
-
-    def __init__(self, training: Training, folder: str) -> None:
-        self._training, self._folder = training, folder
-        self._path = os.path.join(folder, "state.pt")
+    where = frozenset({"blocking", "restore", "whole"})
+    plain = True
 
     def save(self, step: int) -> None:
-        torch.save(self._training.state(), self._path)
+        self.step = step
+        torch.save(self.state, self.path(step))
 
-    def finish(self) -> None:
-        peers.sync(self._folder)
-
-    def load(self) -> Mapping[str, torch.Tensor]:
-        return torch.load(self._path, weights_only=True)["model"]
-
-    def clear(self) -> None:
-        peers.remove(self._path)
-
-    def close(self) -> None:
-        self.clear()
+    def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:
+        return torch.load(self.path(step), mmap=False, weights_only=True)
 
 
 class TorchSaveSynced(TorchSave):
     name = "torch.save + fsync"
+    where = frozenset({"blocking", "training", "link"})
 
     def save(self, step: int) -> None:
         super().save(step)
-        peers.sync(self._folder)
+        sync(self.folder)
 
     def finish(self) -> None:
         """`save` has synced."""
+
+
+PEERS = (TorchSave, TorchSaveSynced)
