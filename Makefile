@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python 3.10 or newer with pip, and nothing else: they make their own environment.
+# `make demo` and `make test` need Python 3.11 or newer with pip, and nothing else: they make their own environment.
+# With a C compiler the codecs' kernel is built; without one NumPy does its work.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,9 @@ help:
 	@echo "make bench   ours and the peers on the same work"
 	@echo "make long    the tests that are repeated more often in continuous integration"
 
-$(READY): pyproject.toml constraints.txt
+KERNEL := setup.py $(wildcard src/everystep/codecs/kernel/*)
+
+$(READY): pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv --without-pip $(VENV)
 	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

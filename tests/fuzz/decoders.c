@@ -12,6 +12,7 @@
 /* An input: kind, width and order, shift, how data differ from the base, nbytes (2), length of the pattern (2); then
    the pattern, which repeated is the base; then what is stored, or how the data differ. */
 enum { DECODE, DECODE_SPARSE, ROUND_TRIP, KINDS, HEAD = 8 };
+enum { PLACES = 1, LONG = 2 }; /* how: a few bytes differ, not all; eight times as long, so that a sample is taken */
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size);
 
@@ -112,10 +113,10 @@ static void split_and_back(const uint8_t *data, size_t nbytes, Form form) {
     free(rows), free(out);
 }
 
-/* Every byte another one, or changes at places: the low bytes of the rest say which, three bytes a change. */
+/* Every byte another one, or changes at places: two bytes of the rest say where, the third what changes there. */
 static uint8_t *altered(const uint8_t *base, size_t nbytes, int how, const uint8_t *rest, size_t size) {
     uint8_t *data = copy(base, nbytes);
-    if (how % 2 == 0)
+    if (!(how & PLACES))
         for (size_t i = 0; size && i < nbytes; i++) data[i] ^= rest[i % size];
     else
         for (size_t i = 0; nbytes && i + 3 <= size; i += 3) data[(size_t)(rest[i] | rest[i + 1] << 8) % nbytes] ^= rest[i + 2];
@@ -128,6 +129,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size) {
     size_t nbytes = (size_t)(input[4] | input[5] << 8), period = (size_t)(input[6] | input[7] << 8);
     const uint8_t *pattern = input + HEAD;
     if (period > size - HEAD) period = size - HEAD;
+    if (input[0] % KINDS == ROUND_TRIP && input[3] & LONG) nbytes *= 8;
     uint8_t *base = room(nbytes);
     for (size_t i = 0; i < nbytes; i++) base[i] = period ? pattern[i % period] : 0;
     const uint8_t *rest = pattern + period;

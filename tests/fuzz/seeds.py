@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from everystep.codecs.delta import UNGROUPED, Form
 Array = np.ndarray[Any, Any]
 HEAD = struct.Struct("<BBBBHH")
 DECODE, DECODE_SPARSE, ROUND_TRIP = 0, 1, 2
-DENSE, PLACES = 0, 1
+DENSE, PLACES, LONG = 0, 1, 2
 FORMS = [
     Form(1, True, 0), Form(1, False, UNGROUPED), Form(2, True, 7), Form(2, True, 10), Form(2, False, UNGROUPED),
     Form(4, True, 23), Form(4, False, UNGROUPED), Form(8, True, 52), Form(8, False, UNGROUPED), Form(8, False, 56),
@@ -75,10 +76,23 @@ def made() -> Iterator[tuple[str, bytes]]:
                 yield f"places-{name}", bytes([ROUND_TRIP, flags, form.shift, PLACES]) + tail + triples
 
 
+def unforeseen() -> Iterator[tuple[str, bytes]]:
+    """Long ones, of which a sample sees the first words of each 1024, that stand still: all others are escaped."""
+    for form in FORMS:
+        chance = np.random.default_rng(form)
+        pattern = base_of(form, 1024, chance)
+        differ = chance.integers(0, 256, 1024 * form.width, np.uint8)
+        differ[: 100 * form.width] = 0
+        head = bytes([ROUND_TRIP, (form.width.bit_length() - 1) | form.signed_magnitude << 2, form.shift, LONG])
+        tail = struct.pack("<HH", 8400 * form.width, pattern.nbytes) + pattern.tobytes()
+        if 8400 * form.width < 1 << 16:
+            yield f"long-{form.width}-{int(form.signed_magnitude)}-{form.shift}", head + tail + differ.tobytes()
+
+
 def write(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, body in made():
+    for name, body in chain(made(), unforeseen()):
         paths.append(folder / name)
         paths[-1].write_bytes(body)
     return paths
