@@ -18,6 +18,7 @@ from benchmarks.work import Memory
 ANSWER_SECONDS_MAX = 300.0
 END_SECONDS_MAX = 20.0
 LOG_BYTES = 2000
+LARGE_BYTES = 1_000_000_000
 
 
 class Failed(Exception):
@@ -102,6 +103,7 @@ def start(
 def _serve(pipe: Connection, path: list[str], module: str, name: str, memory: Memory, folder: str, log: str) -> None:
     peers.__path__[:] = path
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    usage.first_to_go()
     for stream in (1, 2):
         os.dup2(fd, stream)  # what a peer has to say is shown where it fails
     contestant: _Contestant | None = None
@@ -137,6 +139,7 @@ class _Contestant:
             spare: leave as many free pages behind as a save takes, before.
         """
         self._peer.clear()
+        self._peer.wake()
         if spare:
             timing.free_pages(os.path.dirname(self._folder), self._nbytes)
         burnt, watch = usage.burnt(), Stopwatch()
@@ -145,7 +148,14 @@ class _Contestant:
         self._peer.finish()
         durable = watch.seconds()
         found = {"blocking": blocking, "cpu": usage.burnt() - burnt}
+        self._rest()
         return found if self._peer.floor else {**found, "durable": durable}
+
+    def _rest(self) -> None:
+        """Of a large state: what no peer means to keep goes back, or the contestants would not fit into memory."""
+        if self._nbytes > LARGE_BYTES:
+            self._peer.rest()
+            usage.trim()
 
     def keep(self, step: int) -> int:
         """Saves beside the earlier ones; the bytes that are stored then."""
@@ -162,20 +172,25 @@ class _Contestant:
         held = self._peer.load(step)
         peers.touch(held)
         seconds = watch.seconds()
+        found = {"load": seconds, "load_cpu": usage.burnt() - burnt}
         del held
-        return {"load": seconds, "load_cpu": usage.burnt() - burnt}
+        self._rest()
+        return found
 
     def memory(self, step: int) -> dict[str, float]:
         """The most that a save takes beside the state, kept buffers included, and a load beside what it answers."""
         self._peer.clear()
+        self._peer.wake()
         with usage.peak() as save:
             self._peer.save(step)
             self._peer.finish()
+        self._rest()
         before = usage.resident()
         with usage.peak() as load:
             held = self._peer.load()
             peers.touch(held)
         del held
+        self._rest()
         return {
             "extra": max(0, save[0] - self._base) / self._nbytes,
             "load_extra": max(0, load[0] - before - self._nbytes) / self._nbytes,

@@ -1,11 +1,11 @@
 """How deep chains of differences may go, against size and load: the table that decides the default.
 
 python -m benchmarks.depth [gpt ft_bf16] [--count 30] [--settings base_depth_max=0 base_depth_max=1,workers=1 …]
-                           [--rounds 3] [--folder DIR] [--json]
+                           [--rounds 2] [--folder DIR] [--json]
 
-For each policy a run is saved, and every fifth, the nine newest and the deepest checkpoints are loaded, in alternation
-with torch.load of the same state; all bytes are summed up on both sides. `reads` is what a load reads of the files, in
-times of the raw state: what counts behind a slow link.
+For each policy a run is saved, and every fifth and the nine newest checkpoints are loaded, in alternation with
+torch.load of the same state; all bytes are summed up on both sides. `reads` is what a load reads of the files, in times
+of the raw state: what counts behind a slow link.
 """
 
 from __future__ import annotations
@@ -84,15 +84,13 @@ def measure(policy: str, work: Replay, count: int, rounds: int, place: str | Non
                 run.save(step, state=state).wait()
         torch.save({part: dict(values) for part, values in state.items()}, path)
         stored = timing.folder_bytes(folder)
-        reads = {step: bytes_read(folder, step) / work.nbytes for step in range(count)}
-        deepest = max(reads, key=lambda step: reads[step])
-        steps = sorted({*range(0, count, 5), *range(max(0, count - NEWEST), count), deepest})
+        steps = sorted({*range(0, count, 5), *range(max(0, count - NEWEST), count)})
+        reads = {step: bytes_read(folder, step) / work.nbytes for step in steps}
         calls: dict[str, Callable[[], dict[str, float]]] = {TORCH: lambda: by_torch(path)}
         calls |= {str(step): lambda step=step: by_us(folder, step) for step in steps}
         samples = timing.alternate(calls, rounds=rounds)
     return {
-        "policy": policy, "stored": stored / count / work.nbytes, "reads": reads, "deepest": deepest,
-        "samples": samples.as_dict(),
+        "policy": policy, "stored": stored / count / work.nbytes, "reads": reads, "samples": samples.as_dict(),
     }  # fmt: skip
 
 
@@ -125,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", default=["gpt", "ft_bf16"], help="sequences")
     parser.add_argument("--count", type=int, default=sequences.COUNT)
     parser.add_argument("--settings", nargs="+", default=POLICIES, metavar="NAME=VALUE,…", help="policies")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args(arguments)
     for policy in given.settings:
         settings_of(policy)

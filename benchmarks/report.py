@@ -23,6 +23,7 @@ from benchmarks import (
     restore,
     results,
     scale,
+    stages,
     timing,
     training,
     whole,
@@ -68,7 +69,7 @@ SECTIONS = (
         "Blocking is what the training thread waits for. Durable is until a power cut would leave the checkpoint: an "
         "fsync of all its files and folders is part of every row. Ours also hashes every byte, and checks it at the "
         "load.",
-        blocking.tables, "python -m benchmarks.blocking --mb 1500",
+        blocking.tables, "python -m benchmarks.blocking --mb 1500 --rounds 4",
     ),
     Section(
         "blocking-small", "One small state", "The same with the gpt sequence's state as it is.",
@@ -80,11 +81,11 @@ SECTIONS = (
     ),
     Section(
         "training-5", "A training loop, a save every 5 steps", "", training.tables,
-        "python -m benchmarks.training --every 5 --rounds 6",
+        "python -m benchmarks.training --every 5 --steps 5 --rounds 5",
     ),
     Section(
         "training-1", "A training loop, a save at every step", "", training.tables,
-        "python -m benchmarks.training --every 1 --rounds 6",
+        "python -m benchmarks.training --every 1 --steps 5 --rounds 4",
     ),
     Section(
         "restore", "Loads out of a history",
@@ -107,6 +108,10 @@ SECTIONS = (
         "codec", "The codecs by themselves",
         "With the hash of every chunk, against the memcpy of the same bytes by as many threads.",
         codec.tables, "python -m benchmarks.codec",
+    ),
+    Section(
+        "stages", "What each stage costs", "The work of a save and of a load, stage by stage, by one thread.",
+        stages.tables, "python -m benchmarks.stages",
     ),
     Section("leaves", "Many tiny leaves", "", leaves.tables, "python -m benchmarks.leaves"),
     Section("scale", "Many checkpoints", "", scale.tables, "python -m benchmarks.scale"),

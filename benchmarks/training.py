@@ -77,6 +77,7 @@ def run(every: int, steps: int, rounds: int, batch: int, asked: str | None, fold
             except Exception as error:  # noqa: BLE001  whatever a peer may do, the others go on
                 failed[kind.name] = timing.described(error)
                 continue
+            peer.wake()
             made.append(peer)
             contestants[peer.name] = measure(training, peer, state, every, steps, place)
         samples = timing.alternate(contestants, rounds=rounds)

@@ -32,7 +32,7 @@ def peak() -> Iterator[list[int]]:
 
     The kernel keeps the peak of a process that lives; a thread looks at those that come and go.
     """
-    ctypes.CDLL(None).malloc_trim(0)  # what is free already is no part of it
+    trim()  # what is free already is no part of it
     for pid in [os.getpid(), *_children()]:
         with open(f"/proc/{pid}/clear_refs", "w") as file:
             file.write("5")
@@ -50,6 +50,17 @@ def peak() -> Iterator[list[int]]:
     found[0] = _status(os.getpid(), "VmHWM") + most[0]
     for pid in lasting:
         found[0] += _status(pid, "VmHWM") - _status(pid, "RssShmem") - _status(pid, "RssFile")
+
+
+def trim() -> None:
+    """Gives freed memory back."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def first_to_go() -> None:
+    """Should memory run out, this process ends, and no other."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("900")
 
 
 def _children() -> list[int]:

@@ -8,13 +8,14 @@ oldest, one in the middle and the newest. All figures are stored / raw: of the f
 `later`, of what each after the first adds.
 
 XOR, zipnn XOR and the difference of floats lean on the checkpoint before, back to the first: as small as they get, and
-99 links to load the newest of 100. Ours reads no more than its settings allow. Ways that write bytes as they are have
-figures for the first row only. One row of one way again: python -m benchmarks.whole gpt --peers restic
+99 links to load the newest of 100. Ours reads no more than its settings allow. Ways whose checkpoints take about the
+same each have figures for the first row only. One row of one way again: python -m benchmarks.whole gpt --peers restic
 """
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import everystep
 from benchmarks import apart, peers, results, sequences, timing
 from benchmarks.apart import Apart
 from benchmarks.peers import Peer, slug
-from benchmarks.peers.everystep import Everystep
+from benchmarks.peers.everystep import Everystep, EverystepThin
 from benchmarks.results import Table, number
 from benchmarks.sequences import OPTIMIZER, WEIGHTS, Sequence
 from benchmarks.timing import Stopwatch
@@ -30,6 +31,7 @@ from benchmarks.work import Replay
 from everystep.seam import Files, Seam
 
 COUNTS = (10, 30, 50, 100)
+WORKERS = 2  # sizes do not depend on the time, so that more than one way can be measured at once
 SECONDS_MAX = 240.0
 HELD_COUNT = 30
 
@@ -78,9 +80,13 @@ FIRST = "gpt"
 # one way -----------------------------------------------------------------------------------------------------------
 
 
-def store(peer: type[Peer], work: Replay, count: int, folder: str, seconds_max: float) -> dict[str, Any]:
+def store(
+    peer: type[Peer], sequence: Sequence, names: list[str], count: int, folder: str, seconds_max: float
+) -> dict[str, Any]:
     """Bytes on disk after each checkpoint, as many as there is time for; and elements that came back changed."""
-    contestant, watch, sizes = Apart(peer, work.memory, os.path.join(folder, slug(peer.name))), Stopwatch(), list[int]()
+    work, watch, sizes = Replay(sequence, names=names), Stopwatch(), list[int]()
+    work.show(0)
+    contestant = Apart(peer, work.memory, os.path.join(folder, slug(peer.name)))
     try:
         for number_ in range(count):
             work.show(number_)
@@ -99,6 +105,7 @@ def store(peer: type[Peer], work: Replay, count: int, folder: str, seconds_max: 
         return {"sizes": sizes, "wrong": wrong, "elements": elements}
     finally:
         contestant.close()
+        work.close()
 
 
 def share(found: dict[str, Any], row: dict[str, Any], count: int) -> float | None:
@@ -111,24 +118,32 @@ def share(found: dict[str, Any], row: dict[str, Any], count: int) -> float | Non
 
 
 def measure(row: Row, count: int, ways: list[type[Peer]], place: str | None, seconds_max: float) -> dict[str, Any]:
-    sequence = sequences.load(row.sequence, min(count, sequences.length(row.sequence)))
-    work = Replay(sequence, names=row.names(sequence))
-    work.show(0)
-    out: dict[str, Any] = {"row": row.name, "later": row.later, "checkpoint_bytes": work.nbytes}
-    out |= {"count": min(count, len(sequence)), "ways": {}, "failed": {}}
-    thins = bool(OPTIMIZER & row.roles)
-    for way in ways:
-        if (way.plain and row.name != FIRST) or (way.name.startswith("everystep, keep_full") and not thins):
-            continue
+    count = min(count, sequences.length(row.sequence) if row.name == FIRST else sequences.COUNT)
+    sequence = sequences.load(row.sequence, count)
+    names = row.names(sequence)
+    nbytes = sum(value.nbytes for name, value in sequence[0].items() if name in names)
+    out: dict[str, Any] = {"row": row.name, "later": row.later, "checkpoint_bytes": nbytes, "count": count}
+    chosen = [way for way in ways if _takes_part(way, row)]
+
+    def one(way: type[Peer]) -> dict[str, Any] | str:
         timing.say(f"{row.name}: {way.name}")
         try:
             with timing.scratch(place) as folder:
-                out["ways"][way.name] = store(way, work, out["count"], folder, seconds_max)
+                return store(way, sequence, names, count, folder, seconds_max)
         except apart.Failed as error:
-            out["failed"][way.name] = str(error)
             timing.say(f"{way.name} failed and is left out: {error}")
-    work.close()
+            return str(error)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        found = dict(zip((way.name for way in chosen), pool.map(one, chosen)))
+    out["ways"] = {name: one for name, one in found.items() if isinstance(one, dict)}
+    out["failed"] = {name: one for name, one in found.items() if isinstance(one, str)}
     return out
+
+
+def _takes_part(way: type[Peer], row: Row) -> bool:
+    thins = bool(OPTIMIZER & row.roles)
+    return not (way.plain and row.name != FIRST) and (thins or not issubclass(way, EverystepThin))
 
 
 # room while rules drop ---------------------------------------------------------------------------------------------
@@ -173,7 +188,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     rows, out = result["rows"], []
     first = next((row for row in rows if row["row"] == FIRST), None)
     if first is not None:
-        counts = [count for count in COUNTS if count <= first["count"]]
+        counts = sorted({*(count for count in COUNTS if count <= first["count"]), first["count"]})
         found = [[name, *(number(share(way, first, n)) for n in counts)] for name, way in first["ways"].items()]
         title = f"Stored / raw of n checkpoints of {FIRST}, {first['checkpoint_bytes'] / 1e6:.1f} MB each"
         out.append(Table(title, ("", *(f"n = {n}" for n in counts)), found, results.left_out(first)))

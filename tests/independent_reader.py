@@ -1,6 +1,7 @@
 """Loads the live checkpoints of a run by docs/format.md alone: python tests/independent_reader.py REPO RUN."""
 
 import base64
+import functools
 import io
 import json
 import math
@@ -170,30 +171,109 @@ def dtype_of(name):
     return np.dtype(FOREIGN.get(node, "u1" if BYTE.fullmatch(node) else node.partition(":")[0]))
 
 
+@functools.lru_cache(64)
 def decode(codec, stored, nbytes, base):
-    """The plain bytes of 0 RAW, 1 PLANES and 2 DELTA."""
+    """The plain bytes of 0 RAW, 1 PLANES, 2 DELTA, 3 PACKED and 4 SPARSE."""
     if codec == 0:
         return stored
-    check(codec == 1 or (codec == 2 and base is not None), "an unknown codec, or no base")
-    file, rows = io.BytesIO(stored), []
-    width, ordered, shift = struct.unpack("<BBH" if codec == 1 else "<BBB", file.read(5 - codec))
-    count, top, most, zstd = nbytes // width, 8 * width - 1, (1 << (8 * width - 1)) - 1, zstandard.ZstdDecompressor()
+    file, leans = io.BytesIO(stored), codec in (2, 3, 4)
+    check(codec == 1 or (leans and base is not None and len(base) == nbytes), "an unknown codec, or not its base")
+    width, ordered, shift = struct.unpack("<BBB" if leans else "<BBH", file.read(3 if leans else 4))
+    check(width in (1, 2, 4, 8) and nbytes % width == 0 and ordered >> 1 == (codec == 4), "a header without sense")
+    check(not leans or shift < 8 * width or shift == 255, "a header without sense")
+    top, most = 8 * width - 1, (1 << (8 * width - 1)) - 1
+    if not leans:
+        words = planes(file, file, width, nbytes)
+        return ((words >> 1) | (words << top) if ordered else words).tobytes()
+    old = np.frombuffer(base, f"<i{width}")
+    key = np.zeros(len(old), "u1") if shift == 255 else ((old.view(f"<u{width}") & most) >> shift).astype("u1")
+    if codec == 2:  # grouped by the base's exponent
+        grouped = planes(io.BytesIO(file.read(5 * width)), file, width, nbytes)
+        words = np.empty_like(grouped)
+        words[np.argsort(key, kind="stable")] = grouped
+    else:
+        words = (changes if codec == 4 else residuals)(file, width, key).astype(f"<u{width}")
+    turn = (lambda x: x ^ ((x >> top) & most)) if ordered & 1 else (lambda x: x)
+    return turn(((words >> 1).view(f"<i{width}") ^ -(words & 1).view(f"<i{width}")) + turn(old)).tobytes()
+
+
+def planes(heads, file, width, nbytes):
+    rows, count, zstd = [], nbytes // width, zstandard.ZstdDecompressor()
     forms = {0: bytes, 1: lambda row: zstd.stream_reader(row).read(count + 1), 2: lambda row: row * count}
-    heads = io.BytesIO(file.read(5 * width)) if codec == 2 else file  # in a delta they stand before all planes
     for _ in range(width):
         how, size = struct.unpack("<BI", heads.read(5))
         rows.append(forms[how](file.read(size)))
     check({len(row) * width for row in rows} == {nbytes} and not file.read(), "planes of another length")
-    words = np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
-    if codec == 1:
-        return ((words >> 1) | (words << top) if ordered else words).tobytes()
-    old = np.frombuffer(base, f"<i{width}")
-    if shift < 255:  # grouped by the base's exponent
-        key = ((old.view(f"<u{width}") & most) >> shift).astype("u1")
-        grouped, words = words, np.empty_like(words)
-        words[np.argsort(key, kind="stable")] = grouped
-    turn = (lambda x: x ^ ((x >> top) & most)) if ordered else (lambda x: x)
-    return turn(((words >> 1).view(f"<i{width}") ^ -(words & 1).view(f"<i{width}")) + turn(old)).tobytes()
+    return np.frombuffer(b"".join(rows), np.uint8).reshape(width, -1).T.reshape(-1).view(f"<u{width}")
+
+
+def residuals(file, width, key):
+    contexts, tables = codes(file, [width])
+    return values(file, contexts[key], tables)
+
+
+def changes(file, width, key):
+    contexts, tables = codes(file, [4, width])  # of gaps and of residuals
+    sizes = np.frombuffer(file.read(2 * len(tables)), "<u4").astype(int)
+    check(sizes.sum() <= len(key), "more changes than words")
+    which = np.repeat(np.arange(len(tables)).reshape(-1, 2), sizes, axis=0)
+    found, words, at = values(file, which.reshape(-1), tables).reshape(-1, 2), np.zeros(len(key), "u8"), 0
+    for context in np.flatnonzero(sizes):
+        gaps, words_of = found[at : at + sizes[context], 0], np.flatnonzero(contexts[key] == context)
+        words[words_of[np.cumsum(gaps.astype(int) + 1) - 1]] = found[at : at + sizes[context], 1]
+        at += sizes[context]
+    return words
+
+
+def codes(file, widths):
+    """The context of each key, and of each code the 256 next eight bits: symbol, length, how many symbols there are."""
+    contexts, tables, last = np.zeros(256, int), [], -1
+    for context in range(struct.unpack("<H", file.read(2))[0] + 1):
+        if context:
+            (key,) = file.read(1)
+            check(key > last, "keys out of order")
+            contexts[key], last = context, key
+        for width in widths:
+            first, count = file.read(2)
+            halves = [half for byte in file.read(count // 2 + 1) for half in (byte & 15, byte >> 4)][: count + 1]
+            pairs = sorted([*zip(halves[1:], range(first, first + count)), (halves[0], 128)])  # the escape is the last
+            table = [(symbol, length, 16 * width) for length, symbol in pairs if length for _ in range(256 >> length)]
+            whole = len(table) == 256 and len(halves) == count + 1 and pairs[-1][0] <= 8
+            check(whole and first + count <= 16 * width, "a code that makes no sense")
+            tables.append([table[int(f"{byte:08b}"[::-1], 2)] for byte in range(256)])  # a code's highest bit is first
+    return contexts, np.array(tables)
+
+
+def values(file, which, tables):
+    """Blocks of 1024 values, read side by side; `which` is the code of each."""
+    blocks = -(-len(which) // 1024)
+    sizes, stored = np.frombuffer(file.read(2 * blocks), "<u2").astype(int), file.read()
+    check(len(sizes) == blocks and sizes.sum() == len(stored), "blocks of another length")
+    window = np.ndarray(len(stored) + 9, "<u8", stored + bytes(16), strides=(1,))  # eight bytes from any byte on
+
+    def bits(at, count):
+        from_here = window[np.minimum(at >> 3, len(stored) + 8)] >> (at & 7).astype("u8")
+        return from_here & ((1 << np.asarray(count, "u8")) - np.uint64(1))
+
+    starts = 8 * (np.cumsum(sizes) - sizes)
+    at, out = starts.copy(), np.zeros((1024, blocks), "u8")
+    rows = np.append(which, np.zeros(1024 * blocks - len(which), int)).reshape(blocks, 1024).T
+    for step, row in enumerate(rows[: len(which)]):
+        lanes = blocks - (1024 * (blocks - 1) + step >= len(which))
+        here, row = at[:lanes], row[:lanes]
+        symbol, length, limit = tables[row, bits(here, 8)].T
+        here += length
+        escaped = np.flatnonzero(symbol == 128)
+        symbol[escaped] = bits(here[escaped], 7)
+        here[escaped] += 7
+        check((symbol < limit).all(), "a symbol that does not exist")
+        low = np.maximum(symbol // 2 - 1, 0)
+        half, top = np.minimum(low, 32), (symbol - 2 * low).astype("u8")
+        low_bits = bits(here, half) | bits(here + 32, low - half) << np.uint64(32)
+        out[step, :lanes] = top << low.astype("u8") | low_bits
+        here += low
+    check(((at - starts + 7) // 8 == sizes).all(), "a block of another length")
+    return out.T.reshape(-1)[: len(which)]
 
 
 if __name__ == "__main__":

@@ -193,7 +193,7 @@ def test_a_large_state_is_of_copies_no_two_of_which_have_the_same_bytes(sequence
 def test_bytes_of_a_state_lie_end_to_end_and_come_back_as_tensors() -> None:
     state = {"model": {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16()}, "optimizer": {"a": torch.arange(4)}}
     flat = peers.Flat(state)
-    data = flat.fill(flat.make())
+    data = flat.fill()
     assert data.nbytes == 60 + 14 + 32 and flat.dtype == torch.float32
     back = flat.state(data)
     assert all(torch.equal(back[part][name], value) for part, values in state.items() for name, value in values.items())
@@ -246,6 +246,22 @@ def test_a_peer_in_one_file_is_in_the_tables_and_who_loses_bits_or_dies_is_named
     assert "failed, fake, mortal: its process ended in save (exit code 7)" in notes
     assert "left out, fake, absent: no_such_package_here is not installed" in notes
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("everystep-bench")] == []
+
+
+def test_contestants_share_the_memory_in_heats_and_are_compared_within_their_own() -> None:
+    def peer(title: str, states: float) -> type[peers.Peer]:
+        return type(title, (peers.Peer,), {"name": title, "kept": states, "most": states + 1})
+
+    chosen = [peer("everystep", 2), *(peer(title, 3) for title in "abc")]
+    names = [[each.name for each in heat] for heat in blocking.heats(chosen, 1 << 30, 10.6 * 2**30)]
+    assert names == [["everystep", "a", "b"], ["everystep", "c"]]
+    alone = [[each.name for each in heat] for heat in blocking.heats(chosen, 1 << 30, 0.0)]
+    assert alone == [["everystep", "a"], ["everystep", "b"], ["everystep", "c"]], "it is tried, one at a time"
+    first = timing.Samples({"everystep": {"s": [2.0]}, "a": {"s": [4.0]}})
+    second = timing.Samples({"everystep": {"s": [6.0]}, "c": {"s": [12.0]}})
+    whole_of, homes = blocking.together({"heats": [first.as_dict(), second.as_dict()]})
+    assert homes["a"].ratio("a", "everystep", "s") == homes["c"].ratio("c", "everystep", "s") == 2.0
+    assert homes["everystep"].of("everystep", "s") == whole_of.of("everystep", "s") == [2.0, 6.0]
 
 
 def test_sizes_are_those_of_all_files_after_each_checkpoint(
@@ -352,7 +368,10 @@ CANNED: dict[str, Callable[[], dict[str, Any]]] = {
     },
     "blocking-small": lambda: {
         "nbytes": 68_000_000, "leaves": 267, "rounds": 4, "missing": {},
-        "samples": drawn_samples([*SAVED, "memcpy, one thread"], "blocking", "durable", "cpu", "load", "load_cpu"),
+        "heats": [
+            drawn_samples([*SAVED, "memcpy, one thread"], "blocking", "durable", "cpu", "load", "load_cpu"),
+            drawn_samples([*SAVED[:3], "another", "memcpy, one thread"], "blocking", "durable", "cpu", "load"),
+        ],
     },
     "training-10": lambda: {
         "nbytes": 68_000_000, "every": 10, "steps": 10, "rounds": 4, "batch": 8, "missing": {},

@@ -158,7 +158,7 @@ def test_unknown_codecs_are_damage() -> None:
 
 # packed and sparse ---------------------------------------------------------------------------------------------------
 
-FEW, MORE = 60, 2500  # words: NumPy takes a step for each of a block
+FEW, MORE = 60, 4200  # words, of less than one block, and of more than four: NumPy takes a step for each of a block
 CODED = [dtype for form, dtype in ONE_OF_A_FORM.items()]
 
 

@@ -11,15 +11,18 @@ import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import _encodings as encodings
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import zstandard
+from _encodings import FORMS, KERNEL, ONE_OF_A_FORM, forced, packed_by, using
 from blake3 import blake3
 from golden import make
 from independent_reader import Run, decode
@@ -27,6 +30,7 @@ from independent_reader import Run, decode
 import everystep
 from everystep import codecs
 from everystep.codecs import delta
+from everystep.codecs.delta import Form
 from everystep.schema.dtype import parse
 from everystep.vault import Spot
 from everystep.vault.lines import pack_lines
@@ -35,6 +39,7 @@ from everystep.vault.record import Abandon, Restore, Retire
 HERE = Path(__file__).parent
 READER = HERE / "independent_reader.py"
 GOLDEN = HERE / "golden" / "format-1"
+GOLDEN_PACKED = HERE / "golden" / "format-1-packed"
 SMALL = make.SMALL
 # What the reader raises where something is not as it should be: it says less than we do.
 REFUSALS = (ValueError, TypeError, LookupError, OSError, struct.error, zstandard.ZstdError)
@@ -45,7 +50,7 @@ REFUSALS = (ValueError, TypeError, LookupError, OSError, struct.error, zstandard
 
 def test_the_reader_is_short_and_imports_nothing_of_everystep() -> None:
     text = READER.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) < 300
     names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -74,10 +79,17 @@ def test_the_bytes_of_this_format_are_the_golden_ones(tmp_path: Path) -> None:
     assert made == golden
 
 
-def test_golden_repositories_load_with_the_very_same_values() -> None:
-    expected = json.loads(GOLDEN.with_suffix(".json").read_text(encoding="utf-8"))
-    assert make.listing(str(GOLDEN)) == expected
-    assert set(expected) == {"tiny", "ranks", "deltas", make.KINDS}
+@pytest.mark.parametrize("by", FORMS)
+@pytest.mark.parametrize(
+    "golden, runs",
+    [(GOLDEN, {"tiny", "ranks", "deltas", make.KINDS}), (GOLDEN_PACKED, {"packed"})],
+    ids=["1", "1-packed"],
+)
+def test_golden_repositories_load_with_the_very_same_values(golden: Path, runs: set[str], by: str) -> None:
+    expected = json.loads(golden.with_suffix(".json").read_text(encoding="utf-8"))
+    with using(by):
+        assert make.listing(str(golden)) == expected
+    assert set(expected) == runs
 
 
 def test_golden_values_are_those_that_the_program_makes() -> None:
@@ -126,9 +138,47 @@ def test_golden_deltas_have_every_form_and_chains_of_every_length() -> None:
     assert {(ordered, grouped) for _, ordered, grouped in heads} >= {(0, False), (1, True)}
 
 
-@pytest.mark.parametrize("run", ["tiny", "ranks", "deltas", make.KINDS])
+def test_golden_codes_have_every_width_with_and_without_contexts() -> None:
+    past, found = everystep.open(str(GOLDEN_PACKED))["packed"], set()
+    for one in past.checkpoints():
+        for spot in spots_of(one):
+            if spot.codec in (codecs.PACKED, codecs.SPARSE):
+                body = pack_of(GOLDEN_PACKED, "packed", spot).read_bytes()[spot.offset :]
+                width, flags, shift, contexts = struct.unpack_from("<BBBH", body)
+                found.add((spot.codec, spot.depth, width, flags & 1, shift < 255, contexts > 0))
+    for codec, widths in ((codecs.PACKED, {1, 2, 4, 8}), (codecs.SPARSE, {1, 2, 4, 8})):
+        assert {width for each, _, width, *_ in found if each == codec} == widths
+        assert {tuple(rest) for each, _, _, *rest in found if each == codec} >= {(1, True, True), (0, False, False)}
+    assert {depth for _, depth, *_ in found} == {1, 2}
+
+
+@pytest.mark.parametrize("by", FORMS)
+def test_the_golden_codes_are_what_is_written_now(tmp_path: Path, by: str) -> None:
+    """Whatever form of the kernel runs, what is logical is the same; and the very bytes where it is the one in C."""
+    with using(by), mock.patch("everystep.run.fingerprint", make.fixed_fingerprint):
+        make.make_packed(str(tmp_path / "repo"))
+        assert list(make.listing(str(tmp_path / "repo"))["packed"].values()) == list(
+            make.listing(str(GOLDEN_PACKED))["packed"].values()
+        )
+    written, golden = Run(tmp_path / "repo", "packed").live, Run(GOLDEN_PACKED, "packed").live
+    assert [one["logical"] for one in written] == [one["logical"] for one in golden]
+    for one, other in zip(
+        *(everystep.open(str(each))["packed"].checkpoints() for each in (tmp_path / "repo", GOLDEN_PACKED))
+    ):
+        for new, old in zip(spots_of(one), spots_of(other), strict=True):
+            if by == KERNEL or codecs.SPARSE == new.codec == old.codec:
+                assert stored(tmp_path / "repo", new) == stored(GOLDEN_PACKED, old)
+
+
+def stored(folder: Path, spot: Spot) -> tuple[int, bytes]:
+    """The codec of a chunk, and its bytes where they come from no zstd, of which there are several versions."""
+    body = pack_of(folder, "packed", spot).read_bytes()[spot.offset : spot.offset + spot.length]
+    return spot.codec, body if spot.codec in (codecs.RAW, codecs.PACKED, codecs.SPARSE) else b""
+
+
+@pytest.mark.parametrize("run", ["tiny", "ranks", "deltas", make.KINDS, "packed"])
 def test_the_reader_reads_the_golden_repositories(run: str) -> None:
-    agree(GOLDEN, run)
+    agree(GOLDEN_PACKED if run == "packed" else GOLDEN, run)
 
 
 # the reader and ours agree -------------------------------------------------------------------------------------------
@@ -446,7 +496,7 @@ def test_chains_of_deltas_among_references(tmp_path: Path, most: int) -> None:
     assert max(spot.depth for spots in found for spot in spots) == most
     for spot in [spot for spots in found for spot in spots]:
         assert [link.depth for link in spot.links()] == list(range(spot.depth, -1, -1))
-        assert [link.codec == codecs.DELTA for link in spot.links()] == [True] * spot.depth + [False]
+        assert [link.codec in codecs.LEANING for link in spot.links()] == [True] * spot.depth + [False]
     before = {(spot.pack, spot.offset) for spot in found[0]}
     for spots in found[1:]:
         places = {(spot.pack, spot.offset) for spot in spots}
@@ -498,6 +548,53 @@ def test_a_damaged_base_hurts_exactly_what_leans_on_it(tmp_path: Path) -> None:
         assert {checked.step for checked in repo.check().checked if not checked.whole} == steps
         path.write_bytes(body)
     assert repo.check().ok
+
+
+def test_the_reader_decodes_the_example_of_codes() -> None:
+    text = (HERE.parent / "docs" / "format.md").read_text(encoding="utf-8")
+    block = text.split("against a base of integers of two bytes, are 14 bytes:", 1)[1].split("```")[1]
+    body = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
+    base = np.array([7, 0, 65535, 100], "<u2")
+    data = (base + np.array([2, 65535, 0, 0], "<u2")).tobytes()
+    assert len(body) == 14 and decode(codecs.PACKED, body, 8, base.tobytes()) == data
+    assert bytes(codecs.decode(codecs.PACKED, memoryview(body), 8, base.view(np.uint8))) == data
+    for by in FORMS:
+        made = packed_by(by, np.frombuffer(data, np.uint8), base.view(np.uint8), Form(2, False, 255))
+        assert made == body
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 511, 512, 513, 1023, 1024, 1025, 5000, 70_001])
+@pytest.mark.parametrize("form", ONE_OF_A_FORM, ids=str)
+def test_the_reader_decodes_codes_of_every_form(form: Form, count: int) -> None:
+    chance = np.random.default_rng(count)
+    base = chance.integers(0, 256, count * form.width, "u1")
+    data = base.copy()
+    words = data.view(f"<u{form.width}")
+    for share, bits in ((0.0, 1), (0.05, 4), (0.5, 6), (1.0, 8 * form.width - 1)):
+        where = np.flatnonzero(chance.random(count) < share)
+        words[where] += chance.integers(0, 1 << bits, where.size).astype(words.dtype)
+        for codec, body in forced(data, base, form, FORMS):
+            assert decode(codec, body, data.nbytes, base.tobytes()) == data.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ONE_OF_A_FORM.values())
+def test_the_reader_refuses_damaged_codes_or_reads_as_ours_does(dtype: str) -> None:
+    data = encodings.made(dtype, 100, 1)
+    base = encodings.changed(data, dtype, "near", 1)
+    chance = random.Random(1)
+    for codec, body in forced(data, base, delta.form_of(dtype, data.nbytes), FORMS):
+        ends = set()
+        for flip in chance.sample(range(8 * len(body)), min(200, 8 * len(body))):
+            broken = bytearray(body)
+            broken[flip // 8] ^= 1 << flip % 8
+            ours = theirs = None
+            with suppress(everystep.Damaged):
+                ours = bytes(codecs.decode(codec, memoryview(broken), data.nbytes, base))
+            with suppress(*REFUSALS):
+                theirs = decode(codec, bytes(broken), data.nbytes, base.tobytes())
+            assert ours == theirs, flip
+            ends.add(ours is None)
+        assert ends == {True, False}
 
 
 @pytest.mark.parametrize("count", [1, 5, 70_001])

@@ -299,6 +299,26 @@ def test_frozen_again_after_it_has_trained(work: Work) -> None:
     job.check()
 
 
+def test_what_cannot_be_viewed_is_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, from which bytes are only copied; a transposed weight is copied whole."""
+    monkeypatch.setattr("everystep.adapters.torch.view", lambda payload: None)
+    monkeypatch.setattr("everystep.save.frozen.PREPARED_BYTES", 1 << 18)
+    job = Job(frozen_check_every=2)
+    job.net.encoder[1].weight.data = torch.randn(WIDTH, WIDTH).t()
+    for step in range(1, 5):
+        job.save(step)
+    job.weight.data[-1, -1] += 1
+    job.net.encoder[1].weight.data[-1, 0] += 1
+    with pytest.warns(EverystepWarning, match="was declared frozen") as said:
+        for step in (5, 6):
+            job.save(step)
+    assert sorted(str(one.message).split(": ")[1].split()[0] for one in said) == [
+        "net/encoder.0.weight", "net/encoder.1.weight"
+    ]  # fmt: skip
+    del job.expected[5]
+    job.check()
+
+
 # what the declaration covers -----------------------------------------------------------------------------------------
 
 

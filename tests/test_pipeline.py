@@ -372,7 +372,12 @@ def told(value: Any) -> Any:
     return value.tobytes() if isinstance(value, np.ndarray) else value
 
 
-def test_without_room_for_a_copy_training_waits_and_every_bit_is_saved() -> None:
+@pytest.mark.parametrize("viewed", [True, False], ids=["", "as on a device"])
+def test_without_room_for_a_copy_training_waits_and_every_bit_is_saved(
+    viewed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not viewed:
+        monkeypatch.setattr("everystep.adapters.torch.view", lambda payload: None)
     run = new_repository(**TIGHT).run("r").track(rng=False)
     for step in range(1, 4):
         state = odd_state()

@@ -41,11 +41,13 @@ class Peer:
     refers = False
     """Holds on to the arrays until `finish`, since its framework never changes one in place."""
     hungry = False
-    """Takes several times the state in memory, too much of a large one."""
+    """Keeps and takes more memory than a large state leaves to it."""
+    kept, most = 0.0, 1.5
+    """About how much memory it keeps between two saves, and takes for one, in times of the state."""
     keeps_all = False
     """A checkpoint may need the ones before it, so that `clear` leaves them."""
     plain = False
-    """Writes the bytes as they are, so that how many it takes is known once it has been looked at."""
+    """Every checkpoint takes about as much, so that how many bytes n of them take is told by one history."""
     exact = True
     floor = False
     """No saver, but what a save is measured against."""
@@ -62,6 +64,12 @@ class Peer:
             if there is None:
                 return f"{what.lstrip('!')} is not installed: {how or f'pip install {what}'}"
         return None
+
+    def wake(self) -> None:
+        """Makes buffers that a save needs, with their pages; no part of any time."""
+
+    def rest(self) -> None:
+        """Frees them: the other contestants want the memory of a large state."""
 
     def save(self, step: int) -> None:
         """Until the training may change the state again."""
@@ -162,15 +170,32 @@ class Flat:
         self._ends = np.cumsum([value.nbytes for value in self._sources.values()]).tolist()
         self.dtype = max(self._sources.values(), key=lambda value: value.nbytes).dtype
         self.nbytes = self._ends[-1]
+        self.buffer: Array | None = None
 
     def make(self) -> Array:
-        """A buffer for `fill`, its pages there already."""
+        """A buffer, its pages there already."""
         return np.frombuffer(bytearray(b"\1") * self.nbytes, np.uint8)
 
-    def fill(self, buffer: Array) -> Array:
-        for part, value in zip(self.split(buffer), self._sources.values()):
+    def wake(self) -> None:
+        if self.buffer is None:
+            self.buffer = self.make()
+
+    def rest(self) -> None:
+        self.buffer = None
+
+    def fill(self) -> Array:
+        """The buffer, with the state's bytes."""
+        self.wake()
+        assert self.buffer is not None
+        for part, value in zip(self.split(self.buffer), self._sources.values()):
             part[:] = bytes_of(value)
-        return buffer
+        return self.buffer
+
+    def write(self, path: str) -> None:
+        """As a file."""
+        with open(path, "wb") as file:
+            for value in self._sources.values():
+                file.write(memoryview(bytes_of(value)))
 
     def split(self, data: Array) -> Iterator[Array]:
         """The bytes of each tensor."""
@@ -195,9 +220,15 @@ class Coded(Peer):
     def __init__(self, state: State, folder: str) -> None:
         super().__init__(state, folder)
         self.flat = Flat(state)
-        self._buffer, self._base = self.flat.make(), self.flat.make() if self.leans else None
+        self._base = self.flat.make() if self.leans else None
         self._steps: list[int] = []
         self.keeps_all = self.leans
+
+    def wake(self) -> None:
+        self.flat.wake()
+
+    def rest(self) -> None:
+        self.flat.rest()
 
     def encode(self, data: Array, base: Array | None) -> Iterable[Any]:
         """Pieces of bytes for flat uint8, which may be spoiled unless the peer leans; base None for the first."""
@@ -209,12 +240,12 @@ class Coded(Peer):
 
     def save(self, step: int) -> None:
         self.step = step
-        data = self.flat.fill(self._buffer)
+        data = self.flat.fill()
         with open(self.path(step), "wb") as file:
             for piece in self.encode(data, self._base if self._steps else None):
                 file.write(piece)
         if self._base is not None:
-            self._buffer, self._base = self._base, data
+            self.flat.buffer, self._base = self._base, data
         self._steps.append(step)
 
     def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:

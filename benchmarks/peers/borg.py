@@ -22,14 +22,13 @@ class Borg(Peer):
     def __init__(self, state: State, folder: str) -> None:
         super().__init__(state, folder)
         self._flat = Flat(state)
-        self._buffer = self._flat.make()
         self._repository, self._files = os.path.join(folder, "repository"), os.path.join(folder, "files")
         os.mkdir(self._files)
         self._call("init", "--encryption", "none", self._repository)
 
     def save(self, step: int) -> None:
         self.step = step
-        self._flat.fill(self._buffer).tofile(os.path.join(self._files, "state"))
+        self._flat.write(os.path.join(self._files, "state"))
         self._call("create", "--compression", "zstd,3", f"{self._repository}::{step}", "state")
 
     def load(self, step: int | None = None) -> Mapping[str, Mapping[str, Any]]:

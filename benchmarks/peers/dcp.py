@@ -45,6 +45,7 @@ class Dcp(Peer):
 
 class DcpAsync(Dcp):
     name = "torch DCP async"
+    most = 2.5
     where = frozenset({"blocking", "training"})
     options: ClassVar[dict[str, Any]] = {"no_dist": True}
     stager: DefaultStager | None = None
@@ -67,6 +68,7 @@ class DcpAsync(Dcp):
 
 class DcpKeptStager(DcpAsync):
     name = "torch DCP async, kept stager"
+    kept = 1.0
     where = frozenset({"blocking", "training", "link"})
 
     def __init__(self, state: State, folder: str) -> None:
@@ -78,6 +80,7 @@ class DcpProcess(DcpAsync):
     """In a process of its own; the stager is kept, in memory that both share."""
 
     name = "torch DCP async, process"
+    kept = 2.0
     options: ClassVar[dict[str, Any]] = {"async_checkpointer_type": AsyncCheckpointerType.PROCESS}
 
     def __init__(self, state: State, folder: str) -> None:

@@ -13,6 +13,7 @@ from benchmarks.peers import Peer, State
 class Everystep(Peer):
     name = "everystep"
     keeps_all = True
+    kept, most = 3.0, 3.5
     settings = everystep.Settings()
     keep_full: everystep.Rule | None = None
 
@@ -41,6 +42,7 @@ class EverystepAlone(Everystep):
     """Each checkpoint by itself, not as a difference to the one before: more bytes, less work."""
 
     name = "everystep, no deltas"
+    kept, most = 2.0, 2.5
     settings = everystep.Settings(base_depth_max=0)
 
 

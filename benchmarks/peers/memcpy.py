@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.peers import Peer, State, bytes_of, flat_names
+from benchmarks.peers import Array, Peer, State, bytes_of, flat_names
 
 
 class Memcpy(Peer):
@@ -17,10 +17,17 @@ class Memcpy(Peer):
 
     def __init__(self, state: State, folder: str) -> None:
         super().__init__(state, folder)
-        sources = [bytes_of(value) for value in flat_names(state).values()]
-        buffer = np.ones(sum(source.nbytes for source in sources), np.uint8)  # zeros are not backed by memory yet
-        ends = np.cumsum([source.nbytes for source in sources])
-        self._pairs = [(buffer[end - source.nbytes : end], source) for end, source in zip(ends, sources)]
+        self._sources = [bytes_of(value) for value in flat_names(state).values()]
+        self._pairs: list[tuple[Array, Array]] = []
+
+    def wake(self) -> None:
+        if not self._pairs:
+            ends = np.cumsum([source.nbytes for source in self._sources])
+            buffer = np.ones(ends[-1], np.uint8)  # zeros are not backed by memory yet
+            self._pairs = [(buffer[end - source.nbytes : end], source) for end, source in zip(ends, self._sources)]
+
+    def rest(self) -> None:
+        self._pairs = []
 
     def save(self, step: int) -> None:
         for target, source in self._pairs:
@@ -35,9 +42,13 @@ class MemcpyThreads(Memcpy):
 
     name = "memcpy, all threads"
 
-    def __init__(self, state: State, folder: str) -> None:
-        super().__init__(state, folder)
+    def wake(self) -> None:
+        super().wake()
         self._tensors = [(torch.from_numpy(target), torch.from_numpy(source)) for target, source in self._pairs]
+
+    def rest(self) -> None:
+        super().rest()
+        self._tensors = []
 
     def save(self, step: int) -> None:
         for target, source in self._tensors:

@@ -17,6 +17,8 @@ class Orbax(Peer):
     name = "Orbax"
     needs = ("orbax=pip install orbax-checkpoint", "jax")
     where = frozenset({"blocking", "whole"})
+    plain = True
+    most = 3.0
     refers = True
 
     def __init__(self, state: State, folder: str) -> None:

@@ -12,6 +12,7 @@ from benchmarks.peers import Array, Coded
 
 class ZipNN(Coded):
     name = "zipnn"
+    most = 5.0
     needs = ("zipnn=pip install --no-deps zipnn",)
     where = frozenset({"blocking", "link", "whole"})
     options: ClassVar[dict[str, Any]] = {}

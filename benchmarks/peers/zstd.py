@@ -13,6 +13,7 @@ from benchmarks.peers import Array, Coded
 
 class Zstd(Coded):
     name = "zstd per file"
+    most = 3.0
     needs = ("zstandard",)
     where = frozenset({"blocking", "link", "whole"})
 

@@ -12,7 +12,7 @@
 /* An input: kind, width and order, shift, how data differ from the base, nbytes (2), length of the pattern (2); then
    the pattern, which repeated is the base; then what is stored, or how the data differ. */
 enum { DECODE, DECODE_SPARSE, ROUND_TRIP, KINDS, HEAD = 8 };
-enum { PLACES = 1, LONG = 2 }; /* how: a few bytes differ, not all; eight times as long, so that a sample is taken */
+enum { PLACES = 1, LONG = 2 }; /* how: a few bytes differ, not all; nine times as long, so that a sample is taken */
 
 int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size);
 
@@ -129,7 +129,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size) {
     size_t nbytes = (size_t)(input[4] | input[5] << 8), period = (size_t)(input[6] | input[7] << 8);
     const uint8_t *pattern = input + HEAD;
     if (period > size - HEAD) period = size - HEAD;
-    if (input[0] % KINDS == ROUND_TRIP && input[3] & LONG) nbytes *= 8;
+    if (input[0] % KINDS == ROUND_TRIP && input[3] & LONG) nbytes *= 9;
     uint8_t *base = room(nbytes);
     for (size_t i = 0; i < nbytes; i++) base[i] = period ? pattern[i % period] : 0;
     const uint8_t *rest = pattern + period;

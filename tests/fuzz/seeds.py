@@ -84,9 +84,9 @@ def unforeseen() -> Iterator[tuple[str, bytes]]:
         differ = chance.integers(0, 256, 1024 * form.width, np.uint8)
         differ[: 100 * form.width] = 0
         head = bytes([ROUND_TRIP, (form.width.bit_length() - 1) | form.signed_magnitude << 2, form.shift, LONG])
-        tail = struct.pack("<HH", 8400 * form.width, pattern.nbytes) + pattern.tobytes()
-        if 8400 * form.width < 1 << 16:
-            yield f"long-{form.width}-{int(form.signed_magnitude)}-{form.shift}", head + tail + differ.tobytes()
+        ninth = 66_060 * form.width // 9  # packing looks at all words of 65,536
+        tail = struct.pack("<HH", ninth, pattern.nbytes) + pattern.tobytes()
+        yield f"long-{form.width}-{int(form.signed_magnitude)}-{form.shift}", head + tail + differ.tobytes()
 
 
 def write(folder: Path) -> list[Path]:

@@ -1,4 +1,8 @@
-"""Makes the golden repository of this format: python tests/golden/make.py FOLDER."""
+"""Makes a golden repository of this format: python tests/golden/make.py FOLDER RUN…
+
+format-1 has the runs tiny, kinds, deltas and ranks, of a writer that knew no codec but RAW, PLANES and DELTA;
+format-1-packed has packed, of one with the kernel.
+"""
 
 from __future__ import annotations
 
@@ -184,6 +188,53 @@ def make_deltas(folder: str) -> None:
     run.close()
 
 
+PACKED = 3
+
+
+def packed_states() -> Iterator[dict[str, Any]]:
+    """Words of every width: some of which all move a little, and some of which few do."""
+    random = np.random.Generator(np.random.PCG64(11))
+    floats = random.normal(size=5000) * np.exp(random.normal(size=5000))
+    integers = np.cumsum(random.integers(0, 40, 2500))
+    few = {
+        "bfloat16": floats[:4000].astype(ml_dtypes.bfloat16).view("<u2"),
+        "<f8": floats[:3000].view("<u8").copy(),
+        "float8": floats[:3000].astype(ml_dtypes.float8_e4m3fn).view("u1"),
+        "<i4": integers.astype("<u4"),
+    }
+    types = {"bfloat16": ml_dtypes.bfloat16, "float8": ml_dtypes.float8_e4m3fn}
+    for step in range(1, PACKED + 1):
+        floats *= 1 + 1e-4 * random.normal(size=5000)
+        floats[random.integers(0, 5000, 20)] *= -8
+        coarse = floats * np.exp(0.05 * random.normal(size=5000))
+        integers += random.integers(0, 3, 2500)
+        for words in few.values():
+            where = random.random(words.size) < 0.12
+            words[where] += random.integers(1, 4, where.sum()).astype(words.dtype)
+        yield {
+            "all": {
+                "<f4": floats.astype("<f4"),
+                "<f2": coarse[:1500].astype("<f2"),
+                "<f8": floats[:1100].copy(),
+                "float8": coarse[:2000].astype(ml_dtypes.float8_e5m2),
+                "<i8": integers[:1500].copy(),
+                "<i2": integers[:1100].astype("<i2"),
+            },
+            "few": {name: words.view(types.get(name, name)).copy() for name, words in few.items()},
+            "step": step,
+        }
+
+
+def make_packed(folder: str) -> None:
+    """Chunks in codes for each exponent, of the whole and of what changed."""
+    settings = replace(SMALL, chunk_bytes_max=32768, small_leaf_bytes=1000)
+    run = opened(folder, settings).run("packed")
+    run.track(rng=False)
+    for step, state in enumerate(packed_states(), 1):
+        run.save(step, state=state).wait()
+    run.close()
+
+
 def rank_state(step: int, rank: int) -> dict[str, Any]:
     """A leaf in two boxes, one that each rank has whole, and one of this rank alone."""
     half = np.full((4, 300), 10 * step + rank, "<f4")
@@ -247,19 +298,24 @@ def listing(folder: str) -> dict[str, dict[str, list[str]]]:
     }
 
 
-def main(folder: Path) -> None:
+def store_tiny(folder: str) -> None:
+    for key, body in make_tiny(folder).items():
+        Path(folder, key).parent.mkdir(parents=True, exist_ok=True)
+        Path(folder, key).write_bytes(body)
+
+
+RUNS = {"tiny": store_tiny, "kinds": make_kinds, "deltas": make_deltas, "ranks": make_ranks, "packed": make_packed}
+
+
+def main(folder: Path, *names: str) -> None:
     if folder.exists():
         sys.exit(f"{folder} is there already: a golden repository is never changed; a new format gets a new one")
     with mock.patch("everystep.run.fingerprint", fixed_fingerprint):
-        for key, body in make_tiny(str(folder)).items():
-            (folder / key).parent.mkdir(parents=True, exist_ok=True)
-            (folder / key).write_bytes(body)
-        make_kinds(str(folder))
-        make_deltas(str(folder))
-        make_ranks(str(folder))
+        for name in names:
+            RUNS[name](str(folder))
     text = json.dumps(listing(str(folder)), indent=1, ensure_ascii=False)
     folder.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -16,8 +16,10 @@ Array = np.ndarray[Any, Any]
 # copied when the next snapshot is taken, nor does the child hold them.
 ADVICE = (14, 18)  # MADV_HUGEPAGE, MADV_WIPEONFORK
 HUGE_PAGE = 2 << 20
+ROUNDED_BYTES_MIN = 64 << 20
 PIECE_BYTES = 1 << 20
 PREPARED_BYTES = 16 << 20
+"""What is made, or read from a device, at a time."""
 
 
 class Arena:
@@ -74,7 +76,9 @@ class Arena:
 def new_pages(nbytes: int) -> Array:
     """Memory of its own, which is not there before it is written to and goes when the last view of it does."""
     kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    pages = mmap.mmap(-1, max(-(-nbytes // HUGE_PAGE) * HUGE_PAGE, 1), **kind)
+    # Of whole huge pages it begins with one; but small memory would be rounded up to them.
+    size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE if nbytes >= ROUNDED_BYTES_MIN else max(nbytes, 1)
+    pages = mmap.mmap(-1, size, **kind)
     for advice in ADVICE:
         try:
             pages.madvise(advice)

@@ -6,8 +6,10 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from everystep import adapters
-from everystep.save.arena import Array, Copier, new_pages
+from everystep.save.arena import PREPARED_BYTES, Array, Copier, new_pages
 from everystep.schema import Layout, Tree
 
 
@@ -70,6 +72,16 @@ class FrozenLeaves:
         """Something has written to the leaves: all are copied anew."""
         self._leaves = {}
 
+    def bytes_with(self, standing: Mapping[int, Standing]) -> int:
+        """What is held once these have been taken: what a base still shows of them is counted, too."""
+        again = {
+            leaf.path
+            for leaf in standing.values()
+            if (old := self._leaves.get(leaf.path)) is not None and old.mark == leaf.mark
+        }
+        left = sum(old.data.nbytes for path, old in self._leaves.items() if path not in again)
+        return left + sum(leaf.nbytes for leaf in standing.values())
+
     def take(self, standing: Mapping[int, Standing]) -> Mapping[int, FrozenLeaf]:
         """By stream, the bytes of what stands still, copied only where that is new."""
         self._saves += 1
@@ -97,10 +109,17 @@ class FrozenLeaves:
 
     def _changed(self, leaf: Standing, old: FrozenLeaf) -> bool:
         now = adapters.view(leaf.payload)
-        if now is None:
-            now = new_pages(leaf.nbytes)
-            adapters.copy(leaf.payload, now)
-        return self._copier.differs(now, old.data)
+        if now is not None:
+            return self._copier.differs(now, old.data)
+        # Not all of it at once, where the leaf can be cut.
+        step = PREPARED_BYTES if adapters.cut(leaf.payload, 0, 0) is not None else leaf.nbytes
+        for start in range(0, leaf.nbytes, step):
+            stop = min(start + step, leaf.nbytes)
+            piece = np.empty(stop - start, np.uint8)
+            adapters.copy(adapters.cut(leaf.payload, start, stop) or leaf.payload, piece)
+            if self._copier.differs(piece, old.data[start:stop]):
+                return True
+        return False
 
     def _copy(self, leaf: Standing, number: int) -> FrozenLeaf:
         data = new_pages(leaf.nbytes)

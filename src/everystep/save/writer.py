@@ -170,8 +170,8 @@ class Writer:
         tree = flatten(state, adapters.describe)
         layout = lay_out(tree.leaves, settings.chunk_bytes_max, settings.small_leaf_bytes)
         still = standing(tree, layout, declared, settings.small_leaf_bytes)
-        nbytes, kept = arena_bytes(layout, still), sum(layout.streams[stream].nbytes for stream in still)
-        arena, base_stays = self._memory.choose(nbytes, kept, self._bases.held)
+        nbytes = arena_bytes(layout, still)
+        arena, base_stays = self._memory.choose(nbytes, self.frozen.bytes_with(still), self._bases.held)
         if not base_stays:
             self._bases.forget()
         data = arena.reserve(nbytes) if arena is not None else None
