@@ -161,8 +161,8 @@ def _heats(result: dict[str, Any]) -> list[str]:
     if len(result["heats"]) == 1:
         return []
     return [
-        f"in {len(result['heats'])} heats, for want of memory; {OURS}, {SYNCED}, {LOADED} and memcpy took part in each, "
-        "and every ratio is to those of the same heat"
+        f"in {len(result['heats'])} heats, for want of memory; {OURS}, {SYNCED}, {LOADED} and memcpy took part in "
+        "each, and every ratio is to those of the same heat"
     ]
 
 
