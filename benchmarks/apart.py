@@ -209,6 +209,8 @@ class _Contestant:
                 one, other = (peers.bytes_of(each).view(bits) for each in (value, loaded[part][name]))
                 wrong += int((one != other).sum()) if one.size == other.size else one.size
                 elements += one.size
+        del loaded, one, other
+        self._rest()
         return wrong, elements
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from everystep.vault import PackName
 from everystep.vault.names import pack_key, record_key
 from everystep.vault.record import unpack_record
 
-WIDE: dict[str, Any] = {"chunk_bytes_max": 1 << 14, "pack_bytes_max": 1 << 17}
+WIDE: dict[str, Any] = {"chunk_bytes_max": 1 << 14, "pack_bytes_max": 1 << 17, "base_depth_max": 8}
 CHANGES = ("put", "put_new", "delete")
 EVERY = (*CHANGES, "get", "list", "stat")
 STEPS = [3, 5, 6]

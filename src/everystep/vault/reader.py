@@ -25,7 +25,7 @@ _GROUP_BYTES_MAX = 8 << 20
 # Below that a request of its own costs more than another thread gains.
 _GROUP_BYTES_MIN = 1 << 20
 _PLAIN_BYTES_MAX = 64 << 20
-_PLAIN_BYTES_MIN = 4 << 20
+_PLAIN_BYTES_MIN = 2 << 20
 
 
 class Sink(Protocol):
