@@ -260,7 +260,11 @@ def test_fsck_names_the_hurt_and_the_whole(place: Path) -> None:
 
 
 def test_fsck_names_what_leans_on_the_hurt(place: Path) -> None:
-    hurt(place, "resnet", 8)
+    weights = np.random.default_rng(0).standard_normal(9000).astype("f4")
+    with everystep.open(str(place)).run("drift").track(rng=False) as run:
+        for step in (8, 10, 12):
+            run.save(step, state={"model": {"w": weights + np.float32(1e-6 * step)}}).wait()
+    hurt(place, "drift", 8)
     document = json_of(place, "fsck", code=4)
     assert [c["step"] for c in document["checkpoints"] if not c["whole"]] == [8, 10, 12]
     assert {finding["step"] for finding in document["findings"]} == {8, 10, 12}

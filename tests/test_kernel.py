@@ -407,7 +407,7 @@ def test_no_byte_outside_is_touched_whatever_is_stored(tmp_path: Path) -> None:
         "-o",
         str(program),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     files = seeds.write(tmp_path / "seeds")
     done = subprocess.run([str(program), "4000", "1", *map(str, files)], capture_output=True, text=True, timeout=250)

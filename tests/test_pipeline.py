@@ -326,6 +326,7 @@ def test_a_limit_that_is_no_limit_is_a_share_of_the_machine() -> None:
     assert memory_of(0, OfSize(64 << 30, "8")).limit == 4 << 30
     assert memory_of(0, OfSize(64 << 30, "many")).limit == 32 << 30
     assert memory_of(0, OfSize(None)).limit == float("inf")
+    assert memory_of(0, OfSize(1 << 20)).limit == 7 * 4 * MIB, "a chunk has room on any machine"
     here = REAL.memory()
     assert here is None or 1 << 28 < here < 1 << 50
 

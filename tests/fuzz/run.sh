@@ -14,7 +14,7 @@ mkdir "$folder/corpus"
 pids="" job=0
 while [ "$job" -lt "$jobs" ]; do
     job=$((job + 1))
-    "$folder/decoders" -max_total_time="$seconds" -timeout=20 -rss_limit_mb=2048 -max_len=65536 -seed="$job" \
+    "$folder/decoders" -max_total_time="$seconds" -timeout=600 -rss_limit_mb=2048 -max_len=65536 -seed="$job" \
         -print_final_stats=1 -artifact_prefix="$folder/found-" "$folder/corpus" "$folder/seeds" 2>"$folder/log-$job" &
     pids="$pids $!"
 done

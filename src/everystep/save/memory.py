@@ -23,13 +23,14 @@ class Memory:
     def __init__(self, seam: Seam, settings: Settings) -> None:
         self._chunk, self._workers = settings.chunk_bytes_max, settings.workers
         self._arenas = (Arena(seam), Arena(seam))
-        self._limit = settings.memory_bytes_max or _share(seam)
         self._window = max(self._workers + 1, min(4 * self._workers, AHEAD_BYTES // self._chunk))
         self._nbytes = self._kept = 0
-        if not self._fits(0, 1):
+        least = self._flight(1)
+        self._limit = settings.memory_bytes_max or max(_share(seam), least)
+        if self._limit < least:
             raise UsageError(
                 f"memory_bytes_max={self._limit} is less than it takes to encode one chunk",
-                do=f"give at least {self._flight(1)}, or make chunk_bytes_max smaller",
+                do=f"give at least {least}, or make chunk_bytes_max smaller",
             )
 
     @property

@@ -22,7 +22,8 @@ class Storage(Protocol):
         """Bytes [start, stop) of an object. Raises ObjectMissing; Damaged where the object ends before `stop`."""
 
     def put(self, key: str, data: Iterable[Any]) -> None:
-        """Writes an object from pieces, durably and whole or not at all. The key must not have been used before."""
+        """Writes an object from pieces, durably and whole or not at all. The key must not have been used before.
+        Pieces may be made as they are asked for: what is taken need not be held, and each is asked for once."""
 
     def put_new(self, key: str, data: bytes) -> None:
         """Creates an object, durably and whole. Raises AlreadyExists if the key is taken, UnknownOutcome if the
