@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -153,6 +154,7 @@ class _Contestant:
 
     def _rest(self) -> None:
         """Of a large state: what no peer means to keep goes back, or the contestants would not fit into memory."""
+        gc.collect()  # each contestant pays for its own garbage only
         if self._nbytes > LARGE_BYTES:
             self._peer.rest()
             usage.trim()

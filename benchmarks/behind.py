@@ -91,7 +91,9 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ]  # fmt: skip
         head = ("", "stored / raw", "durable s", f"/ {SYNCED}", f"/ {PLAIN}", "load newest s", "/ torch.load")
         title = f"Behind {float(rate):g} MB/s: 68 MB, {result['rounds']} rounds"
-        out.append(Table(title, head, rows, ["median (least–most)", *results.left_out(result, samples)]))
+        out.append(
+            Table(title, head, rows, ["median (least–most)", *peers.remarks(names), *results.left_out(result, samples)])
+        )
     return out
 
 

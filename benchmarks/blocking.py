@@ -79,7 +79,7 @@ def run_heat(chosen: list[type[Peer]], work: Replay, rounds: int, place: str, se
     contestants, failed = apart.start(chosen, work.memory, place)
     try:
         measured = {name: saving(contestant, work) for name, contestant in contestants.items()}
-        samples = timing.alternate(measured, rounds=rounds, before=work.next, seconds_max=seconds_max)
+        samples = timing.alternate(measured, rounds=rounds, warmups=2, before=work.next, seconds_max=seconds_max)
         check(contestants, samples)
         whole = {name: c for name, c in contestants.items() if name not in samples.failed and not c.peer.floor}
         memory = {name: remember(contestant, work) for name, contestant in whole.items()}
@@ -152,7 +152,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
     notes = ["median (least–most); minima: the ratio of the least of each", *_heats(result)]
     load_head = ("", "load ms", "/ torch.load", "minima", "CPU s", "extra memory / state")
     return [
-        Table(f"A save: {size}", head, save, [*notes, *results.left_out(result, whole)]),
+        Table(f"A save: {size}", head, save, [*notes, *peers.remarks(names), *results.left_out(result, whole)]),
         Table(f"A load, from the page cache: {size}", load_head, load, notes[:1]),
     ]
 

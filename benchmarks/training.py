@@ -118,6 +118,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         f"a segment is {result['steps']} steps with {saves} save{'s' if saves > 1 else ''}, all that they cost "
         "included; medians (quartiles) over the rounds",
         f"the two segments without a save in each round differ by {abs(2 * again):.1f} % in the median",
+        *peers.remarks(names),
         *results.left_out(result, samples),
     ]
     return [Table(title, ("", "slower by", "segment s", "blocking a save, ms"), rows, notes)]

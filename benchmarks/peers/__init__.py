@@ -44,6 +44,8 @@ class Peer:
     """Keeps and takes more memory than a large state leaves to it."""
     kept, most = 0.0, 1.5
     """About how much memory it keeps between two saves, and takes for one, in times of the state."""
+    syncs = True
+    """Makes a checkpoint durable by itself, or says in its name that fsync comes on top."""
     keeps_all = False
     """A checkpoint may need the ones before it, so that `clear` leaves them."""
     plain = False
@@ -215,6 +217,7 @@ class Flat:
 class Coded(Peer):
     """One file of coded bytes for each checkpoint; where `leans`, against the checkpoint before, back to the first."""
 
+    syncs = False
     leans = False
 
     def __init__(self, state: State, folder: str) -> None:
@@ -266,6 +269,20 @@ def all_peers() -> Iterator[type[Peer]]:
     names = sorted(module.name for module in pkgutil.iter_modules(__path__))
     for name in sorted(names, key=lambda name: name != "everystep"):
         yield from importlib.import_module(f"{__name__}.{name}").PEERS
+
+
+def remarks(names: Iterable[str]) -> list[str]:
+    """What has to be known of some contestants, to read a table."""
+    shown = [peer for peer in all_peers() if peer.name in set(names)]
+    unsynced = [peer.name for peer in shown if not peer.syncs]
+    refer = [peer.name for peer in shown if peer.refers]
+    out = [f"do not sync all that they write, so that this is done for them: {'; '.join(unsynced)}"] if unsynced else []
+    if refer:
+        out.append(
+            f"refer to the arrays until all is written, since their frameworks change none in place, where the others "
+            f"copy: {'; '.join(refer)}"
+        )
+    return out
 
 
 def slug(name: str) -> str:

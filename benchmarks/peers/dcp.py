@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it
 
 class Dcp(Peer):
     name = "torch DCP"
+    syncs = False
     where = frozenset({"blocking", "whole"})
     plain = True
 

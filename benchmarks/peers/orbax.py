@@ -15,6 +15,7 @@ from benchmarks.peers import Peer, State
 
 class Orbax(Peer):
     name = "Orbax"
+    syncs = False
     needs = ("orbax=pip install orbax-checkpoint", "jax")
     where = frozenset({"blocking", "whole"})
     plain = True

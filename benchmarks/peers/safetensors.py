@@ -10,6 +10,7 @@ from benchmarks.peers import Peer, flat_names, nested, sync
 
 class Safetensors(Peer):
     name = "safetensors"
+    syncs = False
     needs = ("safetensors",)
     where = frozenset({"blocking", "training", "restore", "whole"})
     plain = True
@@ -29,6 +30,7 @@ class Safetensors(Peer):
 
 class SafetensorsSynced(Safetensors):
     name = "safetensors + fsync"
+    syncs = True
     where = frozenset({"blocking", "link"})
 
     def save(self, step: int) -> None:

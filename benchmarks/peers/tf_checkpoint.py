@@ -13,6 +13,7 @@ from benchmarks.peers import Peer, State
 
 class TfCheckpoint(Peer):
     name = "TF Checkpoint"
+    syncs = False
     needs = ("tensorflow",)
     where = frozenset({"blocking", "whole"})
     plain = True

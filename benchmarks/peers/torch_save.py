@@ -12,6 +12,7 @@ from benchmarks.peers import Peer, sync
 
 class TorchSave(Peer):
     name = "torch.save"
+    syncs = False
     where = frozenset({"blocking", "restore", "whole"})
     plain = True
 
@@ -25,6 +26,7 @@ class TorchSave(Peer):
 
 class TorchSaveSynced(TorchSave):
     name = "torch.save + fsync"
+    syncs = True
     where = frozenset({"blocking", "training", "link"})
 
     def save(self, step: int) -> None:

@@ -21,7 +21,7 @@ done
 failed=0
 for pid in $pids; do wait "$pid" || failed=1; done
 grep -hE "ERROR|not so|runtime error|cov: .*(DONE|pulse)|stat::" "$folder"/log-* | tail -n 20
-if [ "$failed" = 1 ] || ls "$folder"/found-* >/dev/null 2>&1; then
+if [ "$failed" = 1 ]; then
     echo "a finding: $folder"
     exit 1
 fi
