@@ -129,6 +129,7 @@ class Pool:
             self._begin()
         while (job := self._jobs.get()) is not None:
             job()
+            job = None  # an idle thread holds nothing of what it did
 
     def start(self, function: Callable[[T], R], item: T) -> Task[R]:
         task: Task[R] = Task(function, item)
@@ -150,8 +151,11 @@ class Pool:
                 task.settle()
 
     def close(self) -> None:
+        """Ends the threads, once they have done what was asked of them."""
         for _ in self._threads:
             self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
 
 class Task(Generic[R]):
