@@ -39,7 +39,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks
 
 long: $(READY)
-	EVERYSTEP_KILLS=100 $(BIN)/python -m pytest tests/test_kill.py -n auto
+	EVERYSTEP_KILLS=100 EVERYSTEP_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal \
+		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py
 
 clean:
 	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,6 +30,7 @@ from _encodings import (
     trained,
     using,
 )
+from _thorough import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,7 @@ from everystep.codecs import choice, delta
 from everystep.schema.dtype import ML_DTYPES, parse
 
 Array = np.ndarray[Any, Any]
-MANY = settings(max_examples=60, deadline=None)
+MANY = settings(max_examples=examples(60), deadline=None)
 
 
 # there and back ----------------------------------------------------------------------------------------------------

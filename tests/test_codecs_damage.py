@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zstandard
 from _encodings import FORMS, KERNEL, LEVEL, ONE_OF_A_FORM, SAMPLE, WORTH, forced, made, trained, using
+from _thorough import examples, some_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ from everystep.errors import Damaged
 from everystep.schema.dtype import parse
 
 Array = np.ndarray[Any, Any]
-MANY = settings(max_examples=60, deadline=None)
+MANY = settings(max_examples=examples(60), deadline=None)
 
 
 def small(dtype: str = "<f4", grouped: bool = True) -> tuple[bytes, Array, Array]:
@@ -73,7 +74,7 @@ def _outcome(by: str, codec: int, stored: bytes, nbytes: int, base: Array | None
 def test_every_truncation_is_found(dtype: str, grouped: bool) -> None:
     stored, data, base = small(dtype, grouped)
     assert outcome(codecs.DELTA, stored, data.nbytes, base) == bytes(data)
-    for end in range(len(stored)):
+    for end in some_of(range(len(stored))):
         assert outcome(codecs.DELTA, stored[:end], data.nbytes, base) is None, end
     assert outcome(codecs.DELTA, stored + b"\0", data.nbytes, base) is None
 
@@ -83,7 +84,7 @@ def test_flipped_bits_end_in_damage_or_in_bytes_of_that_length(dtype: str, group
     stored, data, base = small(dtype, grouped)
     chance = random.Random(0)
     table = 3 + 5 * parse(dtype).itemsize
-    flips = [*range(8 * table), *(chance.randrange(8 * len(stored)) for _ in range(1500))]
+    flips = [*range(8 * table), *(chance.randrange(8 * len(stored)) for _ in range(examples(1500)))]
     damaged = 0
     for flip in flips:
         broken = bytearray(stored)
@@ -181,7 +182,7 @@ def test_every_truncation_of_codes_is_found(dtype: str) -> None:
         data, base, found = coded(dtype, count)
         for codec, stored in found:
             assert outcome(codec, stored, data.nbytes, base) == bytes(data)
-            for end in range(0, len(stored), 1 if count == FEW else 7):
+            for end in some_of(range(0, len(stored), 1 if count == FEW else 7)):
                 assert outcome(codec, stored[:end], data.nbytes, base) is None, end
             assert outcome(codec, stored + b"\0", data.nbytes, base) is None
 
@@ -193,7 +194,7 @@ def test_flipped_bits_in_codes_end_in_damage_or_in_bytes_of_that_length(dtype: s
         data, base, found = coded(dtype, count)
         for codec, stored in found:
             bits = stretches(stored, codec, data.nbytes)[2] if most == 40 else len(stored)  # few: of the header
-            flips = chance.sample(range(8 * bits), min(most, 8 * bits))
+            flips = chance.sample(range(8 * bits), min(examples(most), 8 * bits))
             ends = []
             for flip in flips:
                 broken = bytearray(stored)
@@ -388,7 +389,7 @@ def hostile(draw: st.DrawFn) -> tuple[int, bytes, int]:
     return codec, head + struct.pack(f"<{blocks}H", *lengths) + body, words * width
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(hostile(), st.integers(0, 3))
 def test_garbage_in_codes_ends_in_damage_or_in_bytes_of_that_length(case: tuple[int, bytes, int], seed: int) -> None:
     codec, stored, nbytes = case

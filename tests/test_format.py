@@ -23,6 +23,7 @@ import pytest
 import torch
 import zstandard
 from _encodings import FORMS, KERNEL, ONE_OF_A_FORM, forced, packed_by, using
+from _thorough import examples
 from blake3 import blake3
 from golden import make
 from independent_reader import Run, decode
@@ -537,7 +538,7 @@ def test_a_damaged_base_hurts_exactly_what_leans_on_it(tmp_path: Path) -> None:
                 for link in view.spot(index).links():
                     leaning.setdefault(link, set()).add((step, view.tree.leaves[region.leaf].path))
     leaves = {(step, leaf.path) for step, opened in found.items() for leaf in opened.tree.leaves}
-    for spot in random.Random(1).sample(sorted(leaning), 8):
+    for spot in random.Random(1).sample(sorted(leaning), examples(16)):
         path = pack_of(tmp_path, "run", spot)
         body, end = path.read_bytes(), spot.offset + spot.length
         path.write_bytes(body[: spot.offset] + bytes(255 - byte for byte in body[spot.offset : end]) + body[end:])
@@ -584,7 +585,7 @@ def test_the_reader_refuses_damaged_codes_or_reads_as_ours_does(dtype: str) -> N
     chance = random.Random(1)
     for codec, body in forced(data, base, delta.form_of(dtype, data.nbytes), FORMS):
         ends = set()
-        for flip in chance.sample(range(8 * len(body)), min(200, 8 * len(body))):
+        for flip in chance.sample(range(8 * len(body)), min(examples(200), 8 * len(body))):
             broken = bytearray(body)
             broken[flip // 8] ^= 1 << flip % 8
             ours = theirs = None
@@ -629,7 +630,7 @@ def test_no_changed_byte_gives_other_values(tmp_path: Path) -> None:
     chance = random.Random(5)
     for path in files:
         body = path.read_bytes()
-        for at in sorted(chance.sample(range(len(body)), min(25, len(body)))):
+        for at in sorted(chance.sample(range(len(body)), min(examples(25), len(body)))):
             path.write_bytes(body[:at] + bytes([body[at] ^ (1 << chance.randrange(8))]) + body[at + 1 :])
             try:
                 assert _all_values(tmp_path / "repo") == truth

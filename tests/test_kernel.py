@@ -30,6 +30,7 @@ from _encodings import (
     trained,
     using,
 )
+from _thorough import examples
 from fuzz import seeds
 from golden import make
 from hypothesis import given, settings
@@ -82,7 +83,7 @@ def pairs(draw: st.DrawFn) -> tuple[Form, Array, Array]:
 
 
 @needs_kernel
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(pairs())
 def test_both_forms_give_the_same_bytes(case: tuple[Form, Array, Array]) -> None:
     form, data, base = case

@@ -234,7 +234,7 @@ def test_the_system_takes_the_call_that_begins_a_sync(tmp_path: Path) -> None:
 
 STATE_MIB = 300
 FLIGHT = int(0.1 * (1 << 30))
-"""What may be under way beside the copies: a tenth of 1 GiB, from which on 1.1 copies are enough, or 2.2 with a base."""
+"""What may be under way beside the copies: a tenth of 1 GiB, from which on 1.1 or, with a base, 2.2 copies do."""
 CASES: dict[str, tuple[dict[str, Any], Callable[[int], float], bool]] = {
     "with a base": ({}, lambda nbytes: 2 * nbytes + FLIGHT, False),
     "without": ({"base_depth_max": 0}, lambda nbytes: nbytes + FLIGHT, False),
