@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import random
@@ -175,8 +176,13 @@ def free_pages(folder: str, nbytes: int) -> None:
 
 
 def folder_bytes(folder: str) -> int:
-    """The lengths of all files below a folder."""
-    return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
+    """The lengths of all files below a folder; of those that are deleted meanwhile, nothing."""
+    total = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(path, name))
+    return total
 
 
 def warn_of_load() -> None:

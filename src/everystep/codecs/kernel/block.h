@@ -2,7 +2,7 @@
    Included once for each width, with UNSIGNED, SIGNED and OF(name) defined. */
 
 /* Residuals and keys of `count` words, at most BLOCK; what is behind them is undefined. */
-UNUSED_OK static void OF(residuals)(const uint8_t *data, const uint8_t *base, size_t count, Form form, void *r, uint8_t *key) {
+INLINE void OF(residuals)(const uint8_t *data, const uint8_t *base, size_t count, Form form, void *r, uint8_t *key) {
     enum { TOP = 8 * sizeof(UNSIGNED) - 1 };
     const UNSIGNED magnitude = (UNSIGNED)(((UNSIGNED)1 << TOP) - 1), flip = form.ordered ? magnitude : 0;
     UNSIGNED a[BLOCK], b[BLOCK], out[BLOCK];
@@ -18,7 +18,7 @@ UNUSED_OK static void OF(residuals)(const uint8_t *data, const uint8_t *base, si
     else for (int i = 0; i < BLOCK; i++) key[i] = (uint8_t)((UNSIGNED)(b[i] & magnitude) >> form.shift);
 }
 
-UNUSED_OK static void OF(keys)(const uint8_t *base, size_t count, Form form, uint8_t *key) {
+INLINE void OF(keys)(const uint8_t *base, size_t count, Form form, uint8_t *key) {
     enum { TOP = 8 * sizeof(UNSIGNED) - 1 };
     const UNSIGNED magnitude = (UNSIGNED)(((UNSIGNED)1 << TOP) - 1);
     UNSIGNED b[BLOCK];
@@ -31,7 +31,7 @@ UNUSED_OK static void OF(keys)(const uint8_t *base, size_t count, Form form, uin
 }
 
 /* What the residuals to the base stand for; `out` may be `base`. */
-UNUSED_OK static void OF(apply)(const void *r, const uint8_t *base, size_t count, Form form, uint8_t *out) {
+INLINE void OF(apply)(const void *r, const uint8_t *base, size_t count, Form form, uint8_t *out) {
     enum { TOP = 8 * sizeof(UNSIGNED) - 1 };
     const UNSIGNED magnitude = (UNSIGNED)(((UNSIGNED)1 << TOP) - 1), flip = form.ordered ? magnitude : 0;
     UNSIGNED a[BLOCK], b[BLOCK];
@@ -46,7 +46,7 @@ UNUSED_OK static void OF(apply)(const void *r, const uint8_t *base, size_t count
 }
 
 /* Rows of bytes of equal significance, `row_size` apart, the least first; the sign turned to the low end if asked. */
-UNUSED_OK static void OF(split)(const uint8_t *data, size_t count, int turn, uint8_t *rows, size_t row_size) {
+INLINE void OF(split)(const uint8_t *data, size_t count, int turn, uint8_t *rows, size_t row_size) {
     enum { TOP = 8 * sizeof(UNSIGNED) - 1 };
     UNSIGNED a[BLOCK];
     uint8_t out[BLOCK];
@@ -58,7 +58,7 @@ UNUSED_OK static void OF(split)(const uint8_t *data, size_t count, int turn, uin
     }
 }
 
-UNUSED_OK static void OF(join)(const uint8_t *const *rows, size_t start, size_t count, int turn, uint8_t *out) {
+INLINE void OF(join)(const uint8_t *const *rows, size_t start, size_t count, int turn, uint8_t *out) {
     enum { TOP = 8 * sizeof(UNSIGNED) - 1 };
     UNSIGNED a[BLOCK] = {0};
     uint8_t in[BLOCK];

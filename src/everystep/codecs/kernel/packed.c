@@ -122,6 +122,26 @@ INLINE long long pack_blocks(const uint16_t *const *row, const uint8_t *data, co
     return at - out;
 }
 
+INLINE long long pack_words(const uint16_t *const *row, const uint8_t *data, const uint8_t *base, size_t count,
+                            Form form, uint8_t *out, uint8_t *end) {
+    switch (form.width) {
+        case 1: return pack_blocks(row, data, base, count, form, 1, out, end);
+        case 2: return pack_blocks(row, data, base, count, form, 2, out, end);
+        case 4: return pack_blocks(row, data, base, count, form, 4, out, end);
+        default: return pack_blocks(row, data, base, count, form, 8, out, end);
+    }
+}
+
+static long long pack_plain(const uint16_t *const *row, const uint8_t *data, const uint8_t *base, size_t count,
+                            Form form, uint8_t *out, uint8_t *end) {
+    return pack_words(row, data, base, count, form, out, end);
+}
+
+WIDE static long long pack_wide(const uint16_t *const *row, const uint8_t *data, const uint8_t *base, size_t count,
+                                Form form, uint8_t *out, uint8_t *end) {
+    return pack_words(row, data, base, count, form, out, end);
+}
+
 long long pack(const uint8_t *plain_header, size_t header_size, const uint8_t *data, const uint8_t *base, size_t count,
                uint8_t *out, size_t capacity) {
     Header *header = malloc(sizeof *header);
@@ -138,13 +158,7 @@ long long pack(const uint8_t *plain_header, size_t header_size, const uint8_t *d
         fill_encoder(header, header->contexts, tables);
         for (int key = 0; key < KEYS; key++) row[key] = tables + header->of_key[key] * ENCODER_ROW;
         memcpy(out, plain_header, header_size);
-        uint8_t *at = out + header_size, *last = out + capacity;
-        switch (form.width) {
-            case 1: size = pack_blocks(row, data, base, count, form, 1, at, last); break;
-            case 2: size = pack_blocks(row, data, base, count, form, 2, at, last); break;
-            case 4: size = pack_blocks(row, data, base, count, form, 4, at, last); break;
-            default: size = pack_blocks(row, data, base, count, form, 8, at, last);
-        }
+        size = (is_wide() ? pack_wide : pack_plain)(row, data, base, count, form, out + header_size, out + capacity);
         if (size >= 0) size += (long long)header_size;
     }
     free(tables);
@@ -170,22 +184,22 @@ INLINE int unpack_block(const uint8_t *from, size_t size, const uint32_t *const 
 /* LANES whole blocks side by side, under the same conditions. */
 INLINE int unpack_lanes(const uint8_t *from, const size_t *sizes, const uint32_t *const *row, const uint8_t *base,
                         uint8_t *out, Form form, int width) {
-    const uint8_t *f0 = from, *f1 = f0 + sizes[0], *f2 = f1 + sizes[1], *f3 = f2 + sizes[2];
     const size_t step = (size_t)BLOCK * width;
-    uint64_t p0 = 0, p1 = 0, p2 = 0, p3 = 0;
+    const uint64_t s0 = 0, s1 = s0 + 8 * sizes[0], s2 = s1 + 8 * sizes[1], s3 = s2 + 8 * sizes[2];
+    uint64_t p0 = s0, p1 = s1, p2 = s2, p3 = s3;
     unsigned wrong = 0;
     Words r[LANES];
     uint8_t key[LANES][BLOCK];
     for (int lane = 0; lane < LANES; lane++) keys(base + lane * step, BLOCK, form, width, key[lane]);
     for (size_t i = 0; i < BLOCK; i++) {
-        set_word(&r[0], i, get_value(f0, &p0, row[key[0][i]], width, &wrong), width);
-        set_word(&r[1], i, get_value(f1, &p1, row[key[1][i]], width, &wrong), width);
-        set_word(&r[2], i, get_value(f2, &p2, row[key[2][i]], width, &wrong), width);
-        set_word(&r[3], i, get_value(f3, &p3, row[key[3][i]], width, &wrong), width);
+        set_word(&r[0], i, get_value(from, &p0, row[key[0][i]], width, &wrong), width);
+        set_word(&r[1], i, get_value(from, &p1, row[key[1][i]], width, &wrong), width);
+        set_word(&r[2], i, get_value(from, &p2, row[key[2][i]], width, &wrong), width);
+        set_word(&r[3], i, get_value(from, &p3, row[key[3][i]], width, &wrong), width);
     }
     for (int lane = 0; lane < LANES; lane++) apply(&r[lane], base + lane * step, BLOCK, form, width, out + lane * step);
-    return !wrong && (p0 + 7) / 8 == sizes[0] && (p1 + 7) / 8 == sizes[1] && (p2 + 7) / 8 == sizes[2] &&
-           (p3 + 7) / 8 == sizes[3];
+    return !wrong && (p0 - s0 + 7) / 8 == sizes[0] && (p1 - s1 + 7) / 8 == sizes[1] && (p2 - s2 + 7) / 8 == sizes[2] &&
+           (p3 - s3 + 7) / 8 == sizes[3];
 }
 
 INLINE const char *unpack_blocks(const uint8_t *stored, const uint8_t *end, const uint32_t *const *row,
@@ -222,6 +236,26 @@ INLINE const char *unpack_blocks(const uint8_t *stored, const uint8_t *end, cons
     return at == end ? NULL : "bytes left over";
 }
 
+INLINE const char *unpack_words(const uint8_t *stored, const uint8_t *end, const uint32_t *const *row,
+                                const uint8_t *base, uint8_t *out, size_t count, Form form) {
+    switch (form.width) {
+        case 1: return unpack_blocks(stored, end, row, base, out, count, form, 1);
+        case 2: return unpack_blocks(stored, end, row, base, out, count, form, 2);
+        case 4: return unpack_blocks(stored, end, row, base, out, count, form, 4);
+        default: return unpack_blocks(stored, end, row, base, out, count, form, 8);
+    }
+}
+
+static const char *unpack_plain(const uint8_t *stored, const uint8_t *end, const uint32_t *const *row,
+                                const uint8_t *base, uint8_t *out, size_t count, Form form) {
+    return unpack_words(stored, end, row, base, out, count, form);
+}
+
+WIDE static const char *unpack_wide(const uint8_t *stored, const uint8_t *end, const uint32_t *const *row,
+                                    const uint8_t *base, uint8_t *out, size_t count, Form form) {
+    return unpack_words(stored, end, row, base, out, count, form);
+}
+
 const char *unpack(const uint8_t *stored, size_t size, const uint8_t *base, uint8_t *out, size_t nbytes) {
     Header *header = malloc(sizeof *header);
     uint32_t *tables = NULL;
@@ -234,16 +268,10 @@ const char *unpack(const uint8_t *stored, size_t size, const uint8_t *base, uint
     }
     if (!wrong) {
         const uint32_t *row[KEYS];
-        const uint8_t *from = stored + end, *last = stored + size;
-        Form form = header->form;
-        size_t count = nbytes / (size_t)form.width;
+        size_t count = nbytes / (size_t)header->form.width;
         for (int key = 0; key < KEYS; key++) row[key] = tables + header->of_key[key] * DECODER_ROW;
-        switch (form.width) {
-            case 1: wrong = unpack_blocks(from, last, row, base, out, count, form, 1); break;
-            case 2: wrong = unpack_blocks(from, last, row, base, out, count, form, 2); break;
-            case 4: wrong = unpack_blocks(from, last, row, base, out, count, form, 4); break;
-            default: wrong = unpack_blocks(from, last, row, base, out, count, form, 8);
-        }
+        wrong = (is_wide() ? unpack_wide : unpack_plain)(stored + end, stored + size, row, base, out, count,
+                                                         header->form);
     }
     free(tables);
     free(header);

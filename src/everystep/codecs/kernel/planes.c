@@ -1,7 +1,7 @@
 /* Words into rows of bytes of equal significance, and back. */
 #include "blocks.h"
 
-#if defined(__has_builtin) && defined(__BYTE_ORDER__)
+#if defined(__has_builtin) && defined(__BYTE_ORDER__) && !defined(PLAIN)
 #if __has_builtin(__builtin_shufflevector) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define VECTORS
 #endif
