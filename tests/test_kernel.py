@@ -122,10 +122,10 @@ def test_both_forms_choose_alike_what_to_store_as_changes(dtype: str) -> None:
 
 
 def hidden(form: Form, count: int) -> tuple[Array, Array]:
-    """Words that a sample takes for others: it sees 64 of each 1024, and these stand still."""
+    """Words that a sample takes for others: it sees at most 128 of each 1024 of so many, and these stand still."""
     base = made("|u1", count * form.width, 4)
     data = made("|u1", count * form.width, 5)
-    seen = np.arange(count) % 1024 < 64
+    seen = np.arange(count) % 1024 < 128
     data.view(WORDS[form.width])[seen] = base.view(WORDS[form.width])[seen]
     return data, base
 
@@ -137,13 +137,15 @@ ALL_FORMS = [*ONE_OF_A_FORM, Form(8, False, 56), Form(4, True, 0), Form(2, False
 def test_words_that_no_sample_saw_are_escaped(form: Form) -> None:
     data, base = hidden(form, 70_000)
     (_, stored), *_ = found = forced(data, base, form, FORMS)
-    assert len(stored) > data.nbytes, "nothing of it was foreseen"
+    assert len(stored) > data.nbytes * 7 // 8, "nothing of what moved was foreseen"
     for codec, body in found:
         for by in FORMS:
             with using(by):
                 check_back(codec, body, data, base)
 
 
+MANY_KEYS = np.random.default_rng(0).integers(0, 1 << 16, 3 << 19).astype("<u2")
+"""Of each of 256 keys more than 64 in a sample of one in 64."""
 CASES: dict[str, tuple[Form, Any, Any]] = {
     "all equal": (Form(4, True, 23), np.arange(9000, dtype="<u4"), np.arange(9000, dtype="<u4")),
     "all different": (Form(4, True, 23), np.arange(9000, dtype="<u4") + 5, np.arange(9000, dtype="<u4")),
@@ -156,7 +158,8 @@ CASES: dict[str, tuple[Form, Any, Any]] = {
     "every number of low bits": (
         Form(8, False, UNGROUPED), np.tile(np.uint64(1) << np.arange(64, dtype="<u8"), 50), np.zeros(3200, "<u8")
     ),
-    "every key": (
+    "every key": (Form(2, True, 7), MANY_KEYS, MANY_KEYS ^ 3),
+    "keys of eight bytes": (
         Form(8, True, 52), np.arange(1 << 16, dtype="<u8") << 46, (np.arange(1 << 16, dtype="<u8") << 46) ^ 3
     ),
     "every key, few words of each": (
@@ -185,9 +188,11 @@ def test_odd_cases_come_back(name: str) -> None:
     contexts = [
         len(codes.read(memoryview(stored), sparse=codec == codecs.SPARSE)[0].lengths) for codec, stored in found
     ]
-    number = {"every key": 257, "every key, few words of each": 257, "one key": 2, "keys with 63 and 64 words": 2}
-    assert contexts[0] == number.get(name, contexts[0])
-    assert contexts[1] == 2 * number.get(name, contexts[1] // 2)
+    number = {"every key": 257, "one key": 2, "keys with 63 and 64 words": 2}
+    if name == "every key, few words of each":  # of which a sample sees half
+        assert contexts == [129, 2 * 257]
+    else:
+        assert contexts == [number.get(name, contexts[0]), 2 * number.get(name, contexts[1] // 2)]
 
 
 def test_a_header_says_the_codes_of_its_sample() -> None:

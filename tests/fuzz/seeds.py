@@ -82,9 +82,9 @@ def unforeseen() -> Iterator[tuple[str, bytes]]:
         chance = np.random.default_rng(form)
         pattern = base_of(form, 1024, chance)
         differ = chance.integers(0, 256, 1024 * form.width, np.uint8)
-        differ[: 100 * form.width] = 0
+        differ[: 128 * form.width] = 0
         head = bytes([ROUND_TRIP, (form.width.bit_length() - 1) | form.signed_magnitude << 2, form.shift, LONG])
-        ninth = 66_060 * form.width // 9  # packing looks at all words of 65,536
+        ninth = 66_060 * form.width // 9  # of so many, packing looks at fewer than 128 in each 1024
         tail = struct.pack("<HH", ninth, pattern.nbytes) + pattern.tobytes()
         yield f"long-{form.width}-{int(form.signed_magnitude)}-{form.shift}", head + tail + differ.tobytes()
 

@@ -18,8 +18,8 @@ from everystep.errors import Damaged
 Array = np.ndarray[Any, Any]
 BLOCK = 1024  # words of one stream
 CHANGES = BLOCK // 2  # changed words of one stream in the sparse form
-_SAMPLE = 32  # words of each block, once there are many
-_WHOLE_MAX = 1 << 16  # so many words are all looked at
+_SAMPLE_MIN = 1 << 13  # so many words are all looked at; of more the first of each block,
+_SAMPLE_SHARE = 64  # so that one in so many is seen, and never less than that
 _CONTEXT_MIN = 64  # keys seen less often share a context
 _U64 = np.uint64
 
@@ -31,12 +31,13 @@ def plan(data: Array, base: Array, form: Form) -> tuple[bytes, float, float, flo
     new, old = (_sample(each.view(words)) for each in (data, base))
     residuals = delta.residual(new, old, form).astype(_U64)
     found, bits = _contexts(codes.symbol_of(residuals)[0], _keys(old, form), form)
-    turned = planes.turned(new, (form.width, form.signed_magnitude))
+    half = _sample(data.view(words), every=2)  # for what stands alone every other word says enough
+    turned = planes.turned(half, (form.width, form.signed_magnitude))
     alone = sum(_entropy_bits(np.bincount(row, minlength=256)) for row in planes.split(turned))
     scale = count / new.size / 8 if new.size else 0.0
     header = codes.write(found, sparse=False)
     packed = bits * scale + len(header) + 2 * -(-count // BLOCK)
-    return header, packed, alone * scale, float((residuals > 0).mean()) if new.size else 0.0
+    return header, packed, alone * count / half.size / 8 if half.size else 0.0, float((residuals > 0).mean()) if new.size else 0.0
 
 
 def pack(header: bytes, data: Array, base: Array) -> bytes:
@@ -176,11 +177,13 @@ def _table(stored: memoryview, count: int, dtype: str) -> Array:
 # contexts ----------------------------------------------------------------------------------------------------------
 
 
-def _sample(words: Array) -> Array:
-    if words.size <= _WHOLE_MAX:
-        return words
-    whole = words[: words.size - words.size % BLOCK].reshape(-1, BLOCK)[:, :_SAMPLE].reshape(-1)
-    return np.concatenate([whole, words[words.size - words.size % BLOCK :][:_SAMPLE]])
+def _sample(words: Array, every: int = 1) -> Array:
+    seen = max(words.size // _SAMPLE_SHARE, _SAMPLE_MIN)
+    if words.size <= seen:
+        return words[::every]
+    step, end = -(-seen // -(-words.size // BLOCK)), words.size - words.size % BLOCK
+    whole = words[:end].reshape(-1, BLOCK)[:, :step:every].reshape(-1)
+    return np.concatenate([whole, words[end:][:step:every]])
 
 
 def _keys(base: Array, form: Form) -> Array:

@@ -5,8 +5,9 @@
 #include <stdlib.h>
 
 enum {
-    SAMPLE = 32,           /* of each block, once there are many */
-    WHOLE_MAX = 1 << 16,   /* so many words are all looked at */
+    SAMPLE_MIN = 1 << 13,  /* so many words are all looked at; of more the first of each block, */
+    SAMPLE_SHARE = 64,     /* so that one in so many is seen, and never less than that */
+    AHEAD = 16,             /* blocks */
     CONTEXT_MIN = 64,      /* keys seen less often share a context */
     LANES = 4,             /* blocks that are decoded side by side: each waits for its own bits only */
     TAIL = BLOCK * WORD_BYTES_MAX + 16
@@ -23,23 +24,35 @@ int form_is_known(Form form) {
 typedef struct {
     uint32_t residuals[KEYS][SYMBOLS];
     uint32_t bytes[8][256];
-    uint64_t seen, changed;
+    uint64_t seen, halves, changed;
 } Survey;
 
+static size_t sample_step(size_t count) {
+    size_t blocks = (count + BLOCK - 1) / BLOCK, seen = count / SAMPLE_SHARE;
+    if (seen < SAMPLE_MIN) seen = SAMPLE_MIN;
+    return count <= seen ? BLOCK : (seen + blocks - 1) / blocks;
+}
+
 INLINE void survey_words(Survey *found, const uint8_t *data, const uint8_t *base, size_t count, Form form, int width) {
-    size_t step = count > WHOLE_MAX ? SAMPLE : BLOCK;
+    size_t step = sample_step(count);
     for (size_t start = 0; start < count; start += BLOCK) {
-        size_t stop = start + step < count ? start + step : count;
+        size_t stop = start + step < count ? start + step : count, ahead = start + AHEAD * BLOCK;
+        for (size_t i = ahead; i < ahead + step && i < count; i += 64 / (size_t)width) {
+            PREFETCH(data + i * width); /* a sample of memory that nobody has touched is all waiting */
+            PREFETCH(base + i * width);
+        }
         for (size_t i = start; i < stop; i++) {
             uint64_t word = load_word(data + i * width, width), old = load_word(base + i * width, width);
             uint64_t r = residual(word, old, width, form.ordered);
             int low = low_bits_of(r);
             found->residuals[key_of(old, width, form.shift)][2 * low + (int)(r >> low)]++;
             found->changed += r != 0;
+            if (i & 1) continue; /* for what stands alone every other word says enough */
             if (form.ordered) word = cut(word << 1, width) | word >> (8 * width - 1);
             for (int b = 0; b < width; b++) found->bytes[b][(word >> (8 * b)) & 255]++;
         }
         found->seen += stop - start;
+        found->halves += (stop - start + 1) / 2;
     }
 }
 
@@ -83,9 +96,10 @@ long plan(const uint8_t *data, const uint8_t *base, size_t count, Form form, uin
         }
         header->form = form;
         double scale = found->seen ? (double)count / (double)found->seen / 8 : 0, alone = 0;
+        double halves = found->halves ? (double)count / (double)found->halves / 8 : 0;
         estimate->packed = (double)choose_contexts(found, header) * scale;
-        for (int b = 0; b < form.width; b++) alone += entropy_bits(found->bytes[b], (double)found->seen);
-        estimate->alone = alone * scale;
+        for (int b = 0; b < form.width; b++) alone += entropy_bits(found->bytes[b], (double)found->halves);
+        estimate->alone = alone * halves;
         estimate->changed = found->seen ? (double)found->changed / (double)found->seen : 0;
         size = (long)write_header(header, 0, out);
         estimate->packed += (double)size + 2 * (double)((count + BLOCK - 1) / BLOCK);

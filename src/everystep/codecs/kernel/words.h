@@ -11,10 +11,12 @@
 #include <intrin.h>
 #define INLINE static __forceinline
 #define UNLIKELY(condition) (condition)
+#define PREFETCH(at) ((void)(at))
 #define UNUSED_OK
 #else
 #define UNUSED_OK __attribute__((unused))
 #define UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define PREFETCH(at) __builtin_prefetch(at)
 #define INLINE static inline __attribute__((always_inline))
 #endif
 
