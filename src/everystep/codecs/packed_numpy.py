@@ -37,7 +37,8 @@ def plan(data: Array, base: Array, form: Form) -> tuple[bytes, float, float, flo
     scale = count / new.size / 8 if new.size else 0.0
     header = codes.write(found, sparse=False)
     packed = bits * scale + len(header) + 2 * -(-count // BLOCK)
-    return header, packed, alone * count / half.size / 8 if half.size else 0.0, float((residuals > 0).mean()) if new.size else 0.0
+    changed = float((residuals > 0).mean()) if new.size else 0.0
+    return header, packed, alone * count / max(half.size, 1) / 8, changed
 
 
 def pack(header: bytes, data: Array, base: Array) -> bytes:
