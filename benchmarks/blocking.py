@@ -43,12 +43,14 @@ def remember(contestant: Apart, work: Replay) -> Callable[[], dict[str, float]]:
     return lambda: contestant.call("memory", work.shown + 1)
 
 
-def check(contestants: dict[str, Apart], samples: Samples) -> None:
+def check(contestants: dict[str, Apart], samples: Samples, rounds: int, step: int) -> None:
     """A figure counts only for a checkpoint that holds the state; who does not give it back is named and left out."""
     for name, contestant in contestants.items():
         if name in samples.failed or contestant.peer.floor:
             continue
         try:
+            if len(samples.of(name, "blocking")) < rounds:  # it rested while the state went on
+                contestant.call("save", step, False)
             wrong, elements = contestant.call("check")
         except apart.Failed as error:
             samples.failed[name] = str(error)
@@ -80,7 +82,7 @@ def run_heat(chosen: list[type[Peer]], work: Replay, rounds: int, place: str, se
     try:
         measured = {name: saving(contestant, work) for name, contestant in contestants.items()}
         samples = timing.alternate(measured, rounds=rounds, warmups=2, before=work.next, seconds_max=seconds_max)
-        check(contestants, samples)
+        check(contestants, samples, rounds, work.shown)
         whole = {name: c for name, c in contestants.items() if name not in samples.failed and not c.peer.floor}
         memory = {name: remember(contestant, work) for name, contestant in whole.items()}
         samples.merge(timing.alternate(memory, rounds=1, warmups=0))
