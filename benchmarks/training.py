@@ -1,6 +1,6 @@
 """What saving costs a training loop: segments of steps with saves, against the same segment without.
 
-python -m benchmarks.training [--every 10] [--steps 10] [--rounds 20] [--batch 8] [--peers …] [--folder DIR] [--json]
+python -m benchmarks.training [--every 10] [--steps 10] [--rounds 20] [--batch 12] [--peers …] [--folder DIR] [--json]
 
 A segment is `--steps` steps of a small GPT that uses all cores, with a save before the first and then before every
 `--every`-th; no save is skipped. What is left of a save is waited for before the next one and at the segment's end, so
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--every", type=int, default=10, help="steps between two saves")
     parser.add_argument("--steps", type=int, default=10, help="of a segment")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=8, help="texts in a batch")
+    parser.add_argument("--batch", type=int, default=12, help="texts in a batch")
     parser.add_argument("--peers", help="files or names of peers, by commas; default: all")
     given = parser.parse_args(arguments)
     timing.warn_of_load()
