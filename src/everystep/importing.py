@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from everystep.errors import Error, NotFound
-from everystep.exchange import DAMAGED, SAME, UNPLACED, Found, Imported, Skipped, Survey, each, survey
+from everystep.errors import Damaged, Error, Mismatch, NotFound
+from everystep.exchange import DAMAGED, SAME, UNKNOWN, UNPLACED, Found, Imported, Skipped, Survey, each, survey, why_not
 from everystep.run import Run
 from everystep.vault import Place
 
@@ -80,14 +80,20 @@ def bring(run: Run, place: Place, path: str, seen: Survey, *, dry_run: bool, pro
         return report
     if wanted and run.latest is not None:
         run.rewind(run.latest)  # goes on from there
+    attached: dict[str, bytes] = {}
     for number, (found, imported) in enumerate(each(seen, place.seam, place.settings)):
         if progress is not None:
             progress(number, len(seen.found), found.path)
         if found.step in there:
             continue
         if isinstance(imported, Error):
-            report.skipped.append(Skipped(found.path, imported.what, DAMAGED))
+            kind = DAMAGED if isinstance(imported, (Damaged, Mismatch)) else UNKNOWN
+            report.skipped.append(Skipped(found.path, why_not(imported), kind))
             continue
+        for name, data in imported.attachments.items():
+            if attached.get(name) != data:
+                run.attach(name, data)
+                attached[name] = data
         reason = f"imported from {found.path.rpartition('/')[2]}"
         checkpoint = run.save(found.step, state=imported.state, metrics=imported.metrics, reason=reason).wait()
         report.brought.append(_brought(found, checkpoint.id, imported))

@@ -75,7 +75,7 @@ class Files:
     def names(self, path: str) -> list[tuple[str, bool]]:
         """(name, is a folder) of everything in a folder."""
         with os.scandir(path) as entries:
-            return [(e.name, e.is_dir()) for e in entries]
+            return [(e.name, _is_folder(e)) for e in entries]
 
     def size(self, path: str) -> int:
         return os.stat(path).st_size
@@ -97,6 +97,13 @@ class Files:
     def read_text(self, path: str) -> str:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read()
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link that leads to itself: no reason to see nothing of the folder
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ def export(
     file: Annotated[
         str,
         typer.Argument(
-            help="The file to write; its ending says the format: .safetensors, .pth, .npz …", metavar="FILE"
+            help="The file to write; its ending says the format: .safetensors, .pth, .npz, .pb, .params …",
+            metavar="FILE",
         ),
     ],
     only: Annotated[
@@ -32,6 +33,10 @@ def export(
     ] = None,
     form: Annotated[str | None, typer.Option("--format", metavar="NAME", help="If the ending does not say it.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if there is one.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option("--max-shard-size", metavar="SIZE", help="Split a larger .safetensors file: 5GB, 500MB …"),
+    ] = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -42,11 +47,12 @@ def export(
     """  # fmt: skip
     screen, repository = begin(context, repo, as_json)
     past, checkpoint = pick_checkpoint(repository, target)
-    ending = (
-        instead(UsageError, do="give the file one of these endings, or --format") if form is None else nullcontext()
-    )
+    known = form is not None or shard is not None
+    ending = nullcontext() if known else instead(UsageError, do="give the file one of these endings, or --format")
     with reading(target) as told, instead(Conflict, do="give another name, or --overwrite"), ending:
-        written = checkpoint.export(file, only=only, format=form, overwrite=overwrite, progress=told)
+        written = checkpoint.export(
+            file, only=only, format=form, overwrite=overwrite, max_shard_size=shard, progress=told
+        )
     changed = [{"path": note.path, "what": note.text} for note in written.changed]
     document = {
         "repository": repository.url,
@@ -83,7 +89,7 @@ def import_files(
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Make a run of old checkpoint files: .pth, .pt, .ckpt, .bin, .safetensors, .npz.
+    """Make a run of old checkpoints of PyTorch, Lightning, Transformers, Keras, TensorFlow, JAX or MXNet, in any mix.
 
     Steps, epochs and metrics come from what is in the files, then from their names. Nothing in a file runs, and the
     folder is only read. What is not taken is listed with the reason; steps that the run has already are left as they

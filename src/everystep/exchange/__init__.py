@@ -13,6 +13,7 @@ from everystep.exchange.found import (
     Piece,
     Skipped,
     Survey,
+    why_not,
 )
 from everystep.exchange.give import export
 from everystep.exchange.look import survey
@@ -37,4 +38,5 @@ __all__ = [
     "export",
     "read",
     "survey",
+    "why_not",
 ]

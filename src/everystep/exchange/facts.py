@@ -12,8 +12,10 @@ from everystep.exchange.meanings import (
     COUNT_KEYS,
     DELTA_KEYS,
     EPOCH_KEYS,
+    ITERATION_KEYS,
     METRIC_TABLES,
     NAMED_TABLES,
+    OPTIMIZERS,
     STATE_TABLES,
     STEP_KEYS,
     is_metric,
@@ -38,15 +40,19 @@ class Facts:
 
 def is_wanted(key: str) -> bool:
     """Whether a number under this key would be a fact."""
-    return _is_count(key) or is_metric(key)
+    return _is_count(key) or is_metric(key) or key in ITERATION_KEYS
 
 
 def facts_of(top: Any, metadata: Mapping[str, str]) -> Facts:
     """What the light copy of a state says, and the text beside it."""
     if not isinstance(top, dict):
         return Facts()
-    tables = [("", _numbers(metadata)), ("", top), *_tables(top)]
+    tables = [("", _numbers(metadata)), ("", top), *_tables(top), ("metrics/", _beside(metadata))]
     step_key, step = _first(tables, (*STEP_KEYS, *COUNT_KEYS))
+    total = step_key.rpartition("/")[2] in STEP_KEYS
+    if step is None:
+        step_key, step = _first(_optimizers(top), ITERATION_KEYS)
+        total = step is not None
     _, epoch = _first(tables, EPOCH_KEYS)
     metrics = {**_metrics(metadata, top), **_monitored(top.get("callbacks"))}
     fraction = next((t[k] for _, t in tables for k in EPOCH_KEYS if _is_number(t.get(k))), None)
@@ -54,7 +60,7 @@ def facts_of(top: Any, metadata: Mapping[str, str]) -> Facts:
         metrics["epoch"] = float(fraction)
     is_delta = top.get("is_delta") is True or any(isinstance(top.get(key), dict) for key in DELTA_KEYS)
     return Facts(
-        step, step_key, step_key.rpartition("/")[2] in STEP_KEYS, epoch,
+        step, step_key, total, epoch,
         dict(list(metrics.items())[:METRICS_MAX]), is_delta, tuple(sorted(top)),
     )  # fmt: skip
 
@@ -89,6 +95,11 @@ def _tables(top: _Table) -> Iterator[tuple[str, _Table]]:
             yield from ((f"{key}/{k}/", value[k]) for k in STATE_TABLES if isinstance(value.get(k), dict))
 
 
+def _optimizers(top: _Table) -> list[tuple[str, _Table]]:
+    """Dicts in which TensorFlow and Keras count the updates that an optimizer made."""
+    return [(f"{key}/", top[key]) for key in OPTIMIZERS if isinstance(top.get(key), dict)]
+
+
 def _first(tables: list[tuple[str, _Table]], keys: tuple[str, ...]) -> tuple[str, int | None]:
     """The first count under one of the keys: a better key before a nearer table."""
     for key in keys:
@@ -108,13 +119,18 @@ def _numbers(metadata: Mapping[str, str]) -> _Table:
     return {key: int(text) for key, text in metadata.items() if text.isdecimal() and len(text) < 16}
 
 
+def _beside(metadata: Mapping[str, str]) -> _Table:
+    """The metrics that stand as text beside a state."""
+    try:
+        found = json.loads(metadata.get("metrics", "{}"))
+    except (ValueError, RecursionError):
+        return {}  # another program's text under this name
+    return found if isinstance(found, dict) else {}
+
+
 def _metrics(metadata: Mapping[str, str], top: _Table) -> dict[str, float]:
     found: dict[str, float] = {}
-    try:
-        beside = json.loads(metadata.get("metrics", "{}"))
-    except (ValueError, RecursionError):
-        beside = {}  # another program's text under this name
-    tables = [("", beside, False), ("", top, True), *(("", top.get(key), False) for key in METRIC_TABLES)]
+    tables = [("", _beside(metadata), False), ("", top, True), *(("", top.get(key), False) for key in METRIC_TABLES)]
     tables += [(f"{key}/", top.get(key), True) for key in NAMED_TABLES]
     for prefix, table, by_name in tables:
         for path, key, value in _entries(table, deep=bool(prefix) or not by_name):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from everystep.errors import Error
+
 STATE, DELTA = "state", "delta"
 UNKNOWN, DAMAGED, SAME, CONFLICT, UNPLACED = "unknown", "damaged", "same", "conflict", "unplaced"
 """Kinds of `Skipped`: no checkpoint; bytes that nobody wrote so; the content of another file; another content for a
@@ -40,6 +42,11 @@ class Found:
     missing: str = ""
 
 
+def why_not(error: Error) -> str:
+    """What is wrong with a file; where a package is missing, also how it is installed."""
+    return f"{error.what}: {error.do}" if "pip install" in (error.do or "") else error.what
+
+
 @dataclass(frozen=True)
 class Skipped:
     """A file that is not taken, and why."""
@@ -65,10 +72,12 @@ class Survey:
 
 @dataclass(frozen=True)
 class Imported:
-    """A state to save, with what did not come along (`not_understood`) and what has another form now (`notes`)."""
+    """A state to save, with what did not come along (`not_understood`), what has another form now (`notes`), and text
+    that belongs to the run (`attachments`: a model's configuration)."""
 
     state: Any
     metrics: dict[str, float]
     not_understood: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     path: str = ""
+    attachments: dict[str, bytes] = field(default_factory=dict)

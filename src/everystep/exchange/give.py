@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,16 +11,16 @@ import numpy as np
 from everystep import adapters, formats
 from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import Conflict, Unsupported, UsageError
-from everystep.formats import FORMATS, Written, safetensors
-from everystep.formats.file import Target, made
-from everystep.restore import SECTIONS_OF_OURS, Opened
+from everystep.exchange.stream import LOOP, can_stream, stream
+from everystep.formats import FORMATS, Written
+from everystep.formats.file import made
+from everystep.restore import SECTIONS_OF_OURS, WORKER, Opened
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, flatten, paths_of, select, unflatten
 from everystep.seam import REAL, Seam
 
-LOOP = "loop"
-"""The entry of a checkpoint with the place of the loop, which nobody asks for."""
-_LENGTH = 8
+_FOR: dict[str, dict[str, str]] = {"safetensors": {"format": "pt"}, "shards": {"format": "pt"}, "protobuf": {}}
+"""`format` is what transformers asks for: the names are those of PyTorch."""
 
 
 def export(
@@ -30,22 +30,26 @@ def export(
     only: str | None = None,
     format: str | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str | None = None,
     step: int | None = None,
     metrics: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
+    attachment: Callable[[str], bytes | None] | None = None,
     seam: Seam = REAL,
 ) -> Written:
-    """Writes a file that appears whole or not at all.
+    """Writes a file, or files that belong together, that appear whole or not at all.
 
     Args:
         source: an opened checkpoint, or a nested state of arrays (of NumPy, or of a framework that is in use).
         only: a path within it, such as "model"; without it, all of it.
         format: a name in `formats.FORMATS`; by the ending of the path if not given.
-        step, metrics: said in the file, where the format has a place for it (safetensors).
+        max_shard_size: bytes, or text such as "5GB": a larger .safetensors file becomes shards with an index.
+        step, metrics: said in the file, where the format has a place for it (safetensors, Protocol Buffers).
         progress: told the number of bytes as they are read from the repository.
+        attachment: asked for a file that was attached to the run by this name, where the format needs one (Keras).
 
     Raises:
-        UsageError: for a name without a known ending, or an unknown format.
+        UsageError: for a name without a known ending, an unknown format, or shards of another than safetensors.
         Conflict: if there is such a file and `overwrite` is False.
         NotFound: if nothing is under `only`.
         Unsupported: naming the path of what the format has no form for.
@@ -58,12 +62,18 @@ def export(
     if not overwrite and _is_there(path, seam):  # said before the state is read, which may take long
         do = "give another name, or overwrite=True"
         raise Conflict("there is a file of this name already", where=path, do=do)
-    state = _of_opened(source, only, progress) if isinstance(source, Opened) else _of_state(source, only)
-    if name != "safetensors":
-        return formats.write(path, state, format=name, overwrite=overwrite, seam=seam)
-    with made(path, seam, overwrite) as target:
-        changed = safetensors.write(state, _Headed(target, _metadata(step, metrics)))
-    return Written(path, target.nbytes, tuple(changed))
+    inner = _path_of(source, only) if isinstance(source, Opened) else ""
+    if name == "protobuf" and isinstance(source, Opened) and can_stream(source, inner) and max_shard_size is None:
+        with made(path, seam, overwrite) as target:
+            stream(source, inner, target, _metadata(step, metrics), progress)
+        return Written(path, target.nbytes)
+    state = _of_opened(source, inner, progress) if isinstance(source, Opened) else _of_state(source, only)
+    text = {**_FOR[name], **_metadata(step, metrics)} if name in _FOR else None
+    found = {of: attachment(of) for of in formats.ATTACHMENTS.get(name, ())} if attachment is not None else {}
+    return formats.write(
+        path, state, format=name, overwrite=overwrite, metadata=text, max_shard_size=max_shard_size, seam=seam,
+        attachments={of: data for of, data in found.items() if data is not None},
+    )  # fmt: skip
 
 
 def _is_there(path: str, seam: Seam) -> bool:
@@ -75,26 +85,29 @@ def _is_there(path: str, seam: Seam) -> bool:
 
 
 def _metadata(step: int | None, metrics: Mapping[str, Any] | None) -> dict[str, str]:
-    """`format` is what transformers asks for: the names are those of PyTorch."""
-    found = {"format": "pt"}
-    if step is not None:
-        found["step"] = str(step)
+    found = {} if step is None else {"step": str(step)}
     if metrics:
         found["metrics"] = json.dumps(dict(metrics), default=str)
     return found
 
 
-def _of_opened(opened: Opened, only: str | None, progress: Progress | None) -> Any:
-    """What a load gives: of a checkpoint that holds an explicit state alone, that state and the paths in it."""
+def _path_of(opened: Opened, only: str | None) -> str:
+    """Where in the tree that lies: of a checkpoint that holds an explicit state alone, paths are those in it."""
     base = opened.base
     if only is None:
-        state = opened.build(base, progress=progress)
-        if not base:
-            state.pop(LOOP, None)
-        return state
+        return base
     inner = f"{base}/{only}" if base else only
     of_ours = only.partition("/")[0] in SECTIONS_OF_OURS and all(p != inner for p, _, _ in paths_of(opened.tree))
-    return opened.build(only if of_ours else inner, progress=progress)
+    return only if of_ours else inner
+
+
+def _of_opened(opened: Opened, path: str, progress: Progress | None) -> Any:
+    """What a load gives."""
+    state = opened.build(path, progress=progress)
+    if not path:
+        for name in (LOOP, WORKER):
+            state.pop(name, None)
+    return state
 
 
 def _of_state(state: Any, only: str | None) -> Any:
@@ -124,33 +137,3 @@ def _array(leaf: Leaf, payload: Any) -> Any:
     if leaf.kind in numpy_adapter.KINDS:
         return numpy_adapter.build(leaf, data)
     return numpy_adapter.as_array(leaf, data)
-
-
-class _Headed(Target):
-    """Passes a .safetensors file on, with more metadata in its header. Positions count from behind the header."""
-
-    def __init__(self, target: Target, metadata: Mapping[str, str]) -> None:
-        self._target, self._metadata = target, metadata
-        self._begin: bytearray | None = bytearray()
-        self.name = target.name
-
-    def write(self, data: Any) -> int:
-        if self._begin is None:
-            return self._target.write(data)
-        self._begin += memoryview(data).cast("B")
-        end = _LENGTH + int.from_bytes(self._begin[:_LENGTH], "little")
-        if len(self._begin) >= max(end, _LENGTH + 1):
-            header, rest = json.loads(self._begin[_LENGTH:end]), bytes(self._begin[end:])
-            self._begin = None
-            self._target.write(self._header(header))
-            self._target.write(rest)
-        return memoryview(data).nbytes
-
-    def _header(self, header: dict[str, Any]) -> bytes:
-        header["__metadata__"] = {**self._metadata, **header.get("__metadata__", {})}
-        body = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        body += b" " * (-len(body) % _LENGTH)
-        if len(body) > safetensors.HEADER_MAX:
-            do = "export fewer arrays, or without metrics"
-            raise Unsupported(f"a header of {len(body)} bytes is more than readers take", where=self.name, do=do)
-        return len(body).to_bytes(_LENGTH, "little") + body

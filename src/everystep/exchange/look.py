@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from everystep.errors import Damaged, Error, NotFound, StorageError
+from everystep import formats
+from everystep.errors import Damaged, Error, NotFound, StorageError, Unsupported
 from everystep.exchange import order
 from everystep.exchange.candidate import Candidate
 from everystep.exchange.deltas import chain
 from everystep.exchange.facts import Facts, facts_of, facts_of_trainer
-from everystep.exchange.found import DAMAGED, DELTA, STATE, UNKNOWN, Found, Piece, Skipped, Survey
+from everystep.exchange.found import DAMAGED, DELTA, STATE, UNKNOWN, UNPLACED, Found, Piece, Skipped, Survey, why_not
 from everystep.exchange.meanings import COPIES
-from everystep.exchange.names import Named, parse, stem_of
+from everystep.exchange.names import Named, parse, parse_file
 from everystep.exchange.order import Placed
 from everystep.exchange.peek import Stand, peek
 from everystep.exchange.pieces import join
 from everystep.exchange.same import settle
+from everystep.exchange.sets import Sets, is_unfinished, sets_of, size_of
 from everystep.exchange.take import one_object
+from everystep.formats import orbax
 from everystep.seam import REAL, Seam
 from everystep.settings import DEFAULT, Settings
 
 TRAINER = "trainer_state.json"
 _TRAINER_BYTES_MAX = 256 << 20
+DEPTH_MAX = 16
 
 
 def survey(path: str, seam: Seam = REAL, settings: Settings = DEFAULT) -> Survey:
@@ -36,7 +40,8 @@ def survey(path: str, seam: Seam = REAL, settings: Settings = DEFAULT) -> Survey
     path = seam.files.absolute(path)
     look = _Look(seam)
     if seam.files.is_folder(path):
-        look.folder(path, "")
+        if not look.whole_folder(path, ""):
+            look.folder(path, "")
     else:
         _size(path, seam)
         look.file(path, "")
@@ -81,6 +86,7 @@ class _Look:
         self.skipped: list[Skipped] = []
 
     def folder(self, path: str, name: str) -> None:
+        """A folder of checkpoints, or one that is a checkpoint."""
         try:
             names = sorted(self._seam.files.names(path))
         except OSError as error:
@@ -89,16 +95,55 @@ class _Look:
                 raise StorageError(f"cannot list this folder: {error.strerror or error}", where=path, do=do) from error
             self.skipped.append(Skipped(path, f"cannot list this folder: {error.strerror or error}", UNKNOWN))
             return
+        base = path.rstrip("/")
+        sets = sets_of(base, {entry: None for entry, is_folder in names if not is_folder}, self._seam)
         for entry, is_folder in names:
-            inner = f"{path.rstrip('/')}/{entry}"
+            inner = f"{base}/{entry}"
             if not is_folder:
-                self.file(inner, name)
+                self._one(base, entry, sets, name)
+            elif is_unfinished(entry):
+                self.skipped.append(
+                    Skipped(inner, "a checkpoint that was not finished when its program ended", UNKNOWN)
+                )
+            elif self.whole_folder(inner, name):
+                continue
             elif not name:
                 self.folder(inner, entry)
             else:
                 self.skipped.append(Skipped(inner, "a folder within a folder: import it by itself", UNKNOWN))
 
-    def file(self, path: str, folder: str) -> None:
+    def whole_folder(self, path: str, folder: str) -> bool:
+        """Takes a folder that is one checkpoint, and says whether it is."""
+        try:
+            form = formats.folder_of(path, self._seam)
+        except (Error, OSError):
+            form = ""  # who lists it says what is wrong with it
+        if form in ("", "shards"):
+            return False
+        try:
+            facts = facts_of({}, orbax.facts_of_folder(self._seam, path) if form == "orbax" else {})
+            nbytes = _nbytes(path, self._seam)
+        except (Error, OSError) as error:
+            self.skipped.append(Skipped(path, why_not(error) if isinstance(error, Error) else str(error), UNKNOWN))
+            return True
+        named = parse(path.rstrip("/").rpartition("/")[2])
+        self._named.append(Candidate(path, folder, named, facts, nbytes, (Piece("", path),)))
+        return True
+
+    def _one(self, base: str, entry: str, sets: Sets, folder: str) -> None:
+        """A file of a folder, with what belongs to it."""
+        path = f"{base}/{entry}"
+        if entry in sets.missing:
+            gone = ", ".join(sets.missing[entry][:3])
+            why = f"a part of a checkpoint whose other files are missing ({gone}): put all of them into this folder"
+            self.skipped += [Skipped(f"{base}/{name}", why, UNPLACED) for name in (entry, *sets.parts.get(entry, ()))]
+        elif entry not in sets.aside:
+            self.file(path, folder, size_of(base, sets.parts, entry, self._seam))
+        elif sets.aside[entry]:
+            self.skipped.append(Skipped(path, sets.aside[entry], UNKNOWN))
+
+    def file(self, path: str, folder: str, beside: int = 0) -> None:
+        """A file by itself; `beside` are the bytes of those that belong to it."""
         name = path.rpartition("/")[2]
         try:
             nbytes = _size(path, self._seam)
@@ -116,10 +161,9 @@ class _Look:
                 return
         except (Error, OSError, ValueError, RecursionError) as error:
             kind = DAMAGED if isinstance(error, (Damaged, ValueError, RecursionError)) else UNKNOWN
-            self.skipped.append(Skipped(path, error.what if isinstance(error, Error) else str(error), kind))
+            self.skipped.append(Skipped(path, why_not(error) if isinstance(error, Error) else str(error), kind))
             return
-        named = parse(stem_of(name))
-        self._named.append(Candidate(path, folder, named, facts, nbytes, (Piece("", path),)))
+        self._named.append(Candidate(path, folder, parse_file(name), facts, nbytes + beside, (Piece("", path),)))
 
     def candidates(self) -> list[Candidate]:
         """With what the folders' names and trainers say; numbers at the end of names count where they change."""
@@ -148,6 +192,14 @@ class _Look:
 
 def _holds_something(top: object) -> bool:
     return top is not None and top is not Stand.OTHER and top != {} and top != []
+
+
+def _nbytes(path: str, seam: Seam, depth: int = 0) -> int:
+    """Bytes of all files in a folder and those in it."""
+    if depth > DEPTH_MAX:
+        raise Unsupported("folders nested too deep", where=path, do="is one of them a link to another above it?")
+    inner = [(f"{path}/{name}", is_folder) for name, is_folder in seam.files.names(path)]
+    return sum(_nbytes(one, seam, depth + 1) if is_folder else seam.files.size(one) for one, is_folder in inner)
 
 
 def _size(path: str, seam: Seam) -> int:

@@ -14,6 +14,9 @@ COUNT_KEYS = (
     "n_iter", "current_iter", "cur_iter",
 )  # fmt: skip
 """Keys that count updates, but with some programs only those of the present epoch."""
+OPTIMIZERS = ("optimizer", "optimizer_weights", "optim", "opt")
+ITERATION_KEYS = ("iterations", "iteration", "_iterations", "iter")
+"""Keys of those that count all the updates that an optimizer of TensorFlow or Keras made."""
 EPOCH_KEYS = ("epoch", "current_epoch", "cur_epoch", "epoch_idx", "epoch_num")
 STATE_TABLES = (
     "trainer_state", "trainer", "train_state", "training_state", "meta", "metadata", "extra_state", "extra", "info",

@@ -48,6 +48,15 @@ _HOLDER = re.compile(
 )
 
 
+_CONVENTIONS: tuple[tuple[tuple[str, ...], re.Pattern[str], tuple[str, ...]], ...] = (
+    ((".keras", ".h5", ".hdf5"), re.compile(r"(?<!\d)(?<!\d\.)(\d{1,15})[-_](-?\d+\.\d+)$"), ("epoch", "val_loss")),
+    ((".params",), re.compile(r"epoch(\d{1,15})batch(\d{1,15})$"), ("epoch", "step")),
+    ((".params",), re.compile(r"[-_](\d{4,15})$"), ("epoch",)),
+)
+"""Keras: {epoch:02d}-{val_loss:.2f}, where the value is what it monitors, of itself val_loss. MXNet: its estimator, and
+save_checkpoint(prefix, epoch)."""
+
+
 @dataclass(frozen=True)
 class Named:
     """What a name says. `label` is the name without its numbers: two files of one label are of one kind."""
@@ -96,6 +105,25 @@ def stem_of(name: str) -> str:
     if known and len(name) > len(known):
         return stem_of(name[: -len(known)])
     return re.sub(r"\.[A-Za-z][A-Za-z0-9]{0,11}$", "", name)
+
+
+def parse_file(name: str) -> Named:
+    """What the name of a file says, in the conventions of the program whose format it is."""
+    stem = stem_of(name)
+    for endings, pattern, groups in _CONVENTIONS:
+        found = pattern.search(stem) if name.lower().endswith(endings) else None
+        if found is None:
+            continue
+        before = parse(stem[: found.start()])
+        if before.step is None and before.epoch is None:
+            numbers = dict(zip(groups, found.groups()))
+            step, value = numbers.get("step"), numbers.get("val_loss")
+            metrics = {} if value is None else {"val_loss": float(value)}
+            return replace(
+                before, epoch=int(numbers["epoch"]), step=None if step is None else int(step), sure=LABELLED,
+                how="name: step" if step else "", metrics={**before.metrics, **metrics}, initial=False,
+            )  # fmt: skip
+    return parse(stem)
 
 
 def parse(stem: str) -> Named:

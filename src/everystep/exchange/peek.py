@@ -16,7 +16,7 @@ import numpy as np
 
 from everystep import formats
 from everystep.exchange.facts import is_wanted
-from everystep.formats import FORMATS, Opaque, named, safetensors
+from everystep.formats import FORMATS, Opaque, named, params, protobuf, safetensors, shards
 from everystep.formats.file import Source, opened
 from everystep.formats.pth_numpy import NumpyArray
 from everystep.formats.pth_objects import Objects, Tensor
@@ -206,4 +206,38 @@ def _from_table(table: bytes | str, number: Callable[[str], Any]) -> Any:
     return unflatten(Tree(known.nodes, known.values, leaves), leaf, lambda composite: Stand.OTHER)
 
 
-_WAYS: dict[str, Callable[[Source], Peeked | None]] = {"pth": _pth, "safetensors": _safetensors, "npz": _npz}
+def _shards(source: Source) -> Peeked | None:
+    """The index alone."""
+    metadata, places = shards.index_of(source)
+    table = metadata.pop(named.KEY, None)
+    try:
+        top = dict.fromkeys(places, Stand.ARRAY) if table is None else _from_table(table, lambda name: Stand.ARRAY)
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError):
+        return None
+    return _peeked(top, _item, metadata)
+
+
+def _params(source: Source) -> Peeked | None:
+    state, table = params.outline(source)
+    if table is None:
+        return _peeked(state, _item, {})
+    try:
+        return _peeked(_from_table(table, lambda name: _item(state[name])), _item, {})
+    except (ValueError, KeyError, TypeError, RecursionError, msgspec.MsgspecError):
+        return None
+
+
+def _protobuf(source: Source) -> Peeked | None:
+    """Of the leaves, those that may be a number that counts."""
+
+    def wanted(leaf: Leaf) -> bool:
+        return leaf.kind in ("array", "scalar") and math.prod(leaf.shape) == 1
+
+    tree, held, metadata = protobuf.outline(source, wanted)
+    top = unflatten(tree, lambda at: _item(held[at]) if at in held else Stand.ARRAY, lambda composite: Stand.OTHER)
+    return _peeked(top, _item, metadata)
+
+
+_WAYS: dict[str, Callable[[Source], Peeked | None]] = {
+    "pth": _pth, "safetensors": _safetensors, "npz": _npz, "shards": _shards, "params": _params, "protobuf": _protobuf,
+}  # fmt: skip

@@ -17,7 +17,7 @@ from everystep.settings import DEFAULT, Settings
 
 WHOLE = "model"
 """The entry that weights alone become where pieces lie beside them."""
-_KNOWN_TEXT = ("format", "step", "metrics")
+_KNOWN_TEXT = ("format", "step", "metrics", "total_size", "total_parameters")
 
 
 def read(found: Found, before: Any = None, seam: Seam = REAL, settings: Settings = DEFAULT) -> Imported:
@@ -49,6 +49,7 @@ def contents(found: Found, seam: Seam) -> Imported:
     not_understood: list[str] = []
     notes: list[str] = []
     parts: dict[str, Any] = {}
+    attachments: dict[str, bytes] = {}
     for piece in found.pieces or (Piece("", found.path),):
         content = formats.read(piece.path, seam=seam)
         if isinstance(content.state, Opaque):
@@ -57,13 +58,15 @@ def contents(found: Found, seam: Seam) -> Imported:
             f"{_within(piece, o.path, 'the whole state')}: {o.class_name}" for o in content.not_understood
         ]
         notes += [f"{_within(piece, note.path, 'the state')}: {note.text}" for note in content.changed]
-        beside = [key for key in content.metadata if key not in _KNOWN_TEXT]
+        ours = formats.ATTACHMENTS.get(content.format, ())
+        attachments |= {key: text.encode() for key, text in content.metadata.items() if key in ours}
+        beside = [key for key in content.metadata if key not in (*_KNOWN_TEXT, *ours)]
         if beside:
             notes.append(f"{_within(piece, '', 'the state')}: text beside it is left out: {', '.join(beside)}")
         _add(parts, piece, content.understood())
         del content
     state = _assemble(parts, found.path)
-    return Imported(state, dict(found.metrics), not_understood, notes, found.path)
+    return Imported(state, dict(found.metrics), not_understood, notes, found.path, attachments)
 
 
 def each(survey: Survey, seam: Seam = REAL, settings: Settings = DEFAULT) -> Iterator[tuple[Found, Imported | Error]]:

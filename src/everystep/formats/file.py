@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 
-from everystep.errors import Conflict, Damaged, NotFound, ReadOnly, StorageError, StorageFull
+from everystep.errors import (
+    Conflict,
+    Damaged,
+    Error,
+    NotFound,
+    ReadOnly,
+    StorageError,
+    StorageFull,
+    Unsupported,
+    UsageError,
+)
 from everystep.seam import Seam
 
 Array = np.ndarray[Any, Any]
 _PIECE = 8 << 20
+_AGAIN = "get the file again from where it came from"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
@@ -26,12 +37,38 @@ def is_whole(array: Array) -> bool:
 
 
 class Source:
-    """The bytes of one file. Also the little of a Python file object (read, seek, tell) that `zipfile` asks for."""
+    """The bytes of one file. Also the little of a Python file object (read, seek, tell) that `zipfile` asks for.
 
-    def __init__(self, name: str, size: int, read: Callable[[memoryview, int], int]) -> None:
+    Args:
+        open_beside: opens a file of the same folder; None where there is no folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        read: Callable[[memoryview, int], int],
+        open_beside: Callable[[str], Source] | None = None,
+    ) -> None:
         self.name, self.size = name, size
-        self._read = read
+        self._read, self._open_beside = read, open_beside
         self._position = 0
+
+    def beside(self, name: str) -> Source:
+        """Another file of the same folder, open until this one is closed.
+
+        Raises:
+            Damaged: for a name that leads out of the folder.
+            NotFound: if there is no such file.
+            Unsupported: if the bytes did not come from a file.
+            StorageError: if it cannot be read.
+        """
+        if not is_file_name(name):
+            raise self.damaged(f"it names a file outside of its folder: {name[:200]!r}")
+        if self._open_beside is None:
+            do = "give the path of the file, with the others in its folder"
+            raise Unsupported(f"one of several files, {name[:200]!r} is missing", where=self.name, do=do)
+        return self._open_beside(name)
 
     def bytes_at(self, start: int, count: int) -> Array:
         """`count` bytes from `start`, as a fresh flat uint8 array.
@@ -54,7 +91,18 @@ class Source:
         return self.bytes_at(0, min(self.size, 512)).tobytes()
 
     def damaged(self, what: str) -> Damaged:
-        return Damaged(what, where=self.name, do="get the file again from where it came from")
+        return Damaged(what, where=self.name, do=_AGAIN)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors say which file they are of, and what to do."""
+        try:
+            yield
+        except Error as error:
+            if error.where != self.name:
+                error.where = f"{self.name}: {error.where}" if error.where else self.name
+            error.do = error.do or _AGAIN
+            raise
 
     def read(self, count: int | None = None) -> bytes:
         left = max(0, self.size - self._position)
@@ -80,13 +128,35 @@ def opened(source: Any, seam: Seam) -> Iterator[Source]:
         view = memoryview(source).cast("B")
         yield Source("the bytes given", len(view), lambda into, start: _from_memory(view, into, start))
         return
-    path = seam.files.absolute(source)
+    with ExitStack() as closing:
+        yield _open(seam.files.absolute(source), seam, closing)
+
+
+def _open(path: str, seam: Seam, closing: ExitStack) -> Source:
+    """A file, and through it those beside it; `closing` closes them all."""
+    others: dict[str, Source] = {}
+
+    def beside(name: str) -> Source:
+        if name not in others:
+            others[name] = _open(f"{path.rpartition('/')[0]}/{name}", seam, closing)
+        return others[name]
+
+    def read(into: memoryview, start: int) -> int:
+        with _errors(path, "read"):
+            return seam.files.read(fd, into, start)
+
     with _errors(path, "read"):
+        size = seam.files.size(path)
+        if not size:  # nothing is opened: the end of a pipe would never come
+            return Source(path, 0, lambda into, start: 0, beside)
         fd = seam.files.open_read(path)
-        try:
-            yield Source(path, seam.files.size(path), lambda into, start: seam.files.read(fd, into, start))
-        finally:
-            seam.files.close(fd)
+        closing.callback(seam.files.close, fd)
+    return Source(path, size, read, beside)
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a name is that of a file in a folder, and leads nowhere else."""
+    return 0 < len(name.encode("utf-8", "replace")) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def _from_memory(view: memoryview, into: memoryview, start: int) -> int:
@@ -98,10 +168,29 @@ def _from_memory(view: memoryview, into: memoryview, start: int) -> int:
 class Target:
     """A file on its way: bytes are appended, nothing is ever written twice."""
 
-    def __init__(self, seam: Seam, fd: int, name: str) -> None:
+    def __init__(self, seam: Seam, fd: int, name: str, make_beside: Callable[[str], Target] | None = None) -> None:
         self._files, self._fd, self.name = seam.files, fd, name
+        self._make_beside = make_beside
         self.nbytes = 0
         self._ended = False
+        self._others: list[Target] = []
+
+    @property
+    def nbytes_in_all(self) -> int:
+        """With the files beside it."""
+        return self.nbytes + sum(other.nbytes for other in self._others)
+
+    def beside(self, name: str) -> Target:
+        """Another file of the same folder. All get their names together, this one last: who finds it finds the others.
+
+        Raises:
+            UsageError: for a name that leads out of the folder.
+            Conflict: if there is such a file, and it is not to be replaced.
+        """
+        if self._make_beside is None or not is_file_name(name):
+            raise UsageError(f"no name for a file beside another: {name[:200]!r}", where=self.name, do="give another")
+        self._others.append(self._make_beside(name))
+        return self._others[-1]
 
     def write(self, data: Any) -> int:
         """Bytes behind those that are there. After an error and after the end they go nowhere: a zip archive that was
@@ -129,34 +218,95 @@ class Target:
         """Nothing is held back."""
 
 
+class _Making:
+    """Files under temporary names, all of them in one folder."""
+
+    def __init__(self, path: str, seam: Seam, overwrite: bool) -> None:
+        self._seam, self._overwrite = seam, overwrite
+        self._folder = path.rpartition("/")[0] or "/"
+        self._open: list[tuple[Target, int, str]] = []
+        self._named: list[str] = []
+        self._aside: list[tuple[str, str]] = []
+        self.target = self._make(path)
+
+    def _make(self, path: str) -> Target:
+        if any(path == target.name for target, _, _ in self._open):
+            raise UsageError("two files of one name", where=path, do="give the second another name")
+        if not self._overwrite and _exists(self._seam, path):
+            raise _taken(path)
+        temporary = self._temporary()
+        fd = self._seam.files.create(temporary)
+        target = Target(self._seam, fd, path, lambda name: self._make(f"{self._folder}/{name}"))
+        self._open.append((target, fd, temporary))
+        return target
+
+    def end(self, whole: bool) -> None:
+        """Closes all; the bytes of whole files are on the disk then."""
+        errors: list[OSError] = []
+        for target, fd, _ in self._open:
+            target.end()
+            try:
+                try:
+                    if whole and not errors:
+                        self._seam.files.fsync(fd)
+                finally:
+                    self._seam.files.close(fd)
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def name(self) -> None:
+        """Gives all their names. Of several, what was there before is set aside first, and comes back on failure: never
+        is one of the old beside the others new."""
+        if self._overwrite and len(self._open) > 1:
+            for target, _, _ in self._open:
+                if _exists(self._seam, target.name):
+                    aside = self._temporary()
+                    self._seam.files.rename(target.name, aside)
+                    self._aside.append((aside, target.name))
+        for target, _, temporary in reversed(self._open):
+            _name(self._seam, temporary, target.name, self._overwrite)
+            self._named.append(target.name)
+        for aside, _ in self._aside:
+            _discard(self._seam, aside)
+
+    def discard(self) -> None:
+        """Leaves nothing behind, and what was there before as it was."""
+        for target, _, temporary in self._open:
+            _discard(self._seam, target.name if target.name in self._named else temporary)
+        for aside, path in self._aside:
+            try:
+                self._seam.files.rename(aside, path)
+            except OSError:
+                continue  # the disk fails: the first error is the one to tell, and the bytes are under that name
+
+    def _temporary(self) -> str:
+        return f"{self._folder}/.tmp-{self._seam.token(8)}"
+
+
 @contextmanager
 def made(path: str, seam: Seam, overwrite: bool) -> Iterator[Target]:
-    """A new file: written beside its place, synced, and only then given its name.
+    """A new file, and what belongs beside it: written under other names, synced, and only then given their names.
 
     Raises:
-        Conflict: if the name is taken and `overwrite` is False.
+        Conflict: if a name is taken and `overwrite` is False.
     """
-    files = seam.files
-    folder = path.rpartition("/")[0] or "/"
-    temporary = f"{folder}/.tmp-{seam.token(8)}"
     with _errors(path, "write"):
-        if not overwrite and _exists(seam, path):
-            raise _taken(path)
-        fd = files.create(temporary)
+        making = _Making(path, seam, overwrite)
         try:
-            target = Target(seam, fd, path)
             try:
-                yield target
-                files.fsync(fd)
-            finally:
-                target.end()
-                files.close(fd)
-            _name(seam, temporary, path, overwrite)
+                yield making.target
+            except BaseException:
+                making.end(whole=False)
+                raise
+            making.end(whole=True)
+            making.name()
         except BaseException:
-            _discard(seam, temporary)
+            making.discard()
             raise
         try:
-            files.fsync_folder(folder)
+            seam.files.fsync_folder(path.rpartition("/")[0] or "/")
         except OSError as error:
             if error.errno not in _NO_FOLDER_SYNC:
                 raise

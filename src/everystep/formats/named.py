@@ -47,7 +47,7 @@ def take_apart(state: Any, is_native: Callable[[np.dtype[Any]], bool]) -> Named:
     Raises:
         Unsupported: naming the path of what could only be restored by running code.
     """
-    tree = flatten(state, _describe)
+    tree = flatten(state, describe)
     arrays: dict[str, Array] = {}
     changed: list[Note] = []
     for leaf, payload in zip(tree.leaves, tree.payloads):
@@ -60,7 +60,7 @@ def take_apart(state: Any, is_native: Callable[[np.dtype[Any]], bool]) -> Named:
             changed.append(Note(leaf.path, "long text or bytes is an array of bytes for other readers"))
         elif not is_native(array.dtype):
             changed.append(Note(leaf.path, f"{leaf.dtype} is unsigned integers with its bits for other readers"))
-            array = _bits(array)
+            array = _bits(array, is_native(np.dtype("u2")))
         arrays[name] = array
     if len(tree.values):
         changed.append(Note("", f"{len(tree.values)} plain values are in the metadata only"))
@@ -86,7 +86,7 @@ def put_together(table: bytes | str, arrays: Mapping[str, Array], where: str) ->
     """
     try:
         known = msgspec.json.decode(table, type=Table)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(f"the table of the state makes no sense: {error}", where=where) from error
     if known.format != TABLE_FORMAT:
         raise Unsupported("the table of a newer everystep", where=where, do="read it with that version")
@@ -98,7 +98,7 @@ def put_together(table: bytes | str, arrays: Mapping[str, Array], where: str) ->
         return made[index]
 
     made: dict[int, Any] = {}
-    return unflatten(Tree(known.nodes, known.values, leaves), leaf, _no_composite)
+    return unflatten(Tree(known.nodes, known.values, leaves), leaf, no_composite)
 
 
 def _object(leaf: Leaf, arrays: Mapping[str, Array]) -> Any:
@@ -121,11 +121,11 @@ def _object(leaf: Leaf, arrays: Mapping[str, Array]) -> Any:
     return whole
 
 
-def _bits(array: Array) -> Array:
-    """One unsigned integer per element where there is one of that size; else bytes, in an axis of their own."""
+def _bits(array: Array, wide: bool) -> Array:
+    """One unsigned integer per element where the format has one of that size; else bytes, in an axis of their own."""
     size = array.dtype.itemsize
     array = np.asarray(array, order="C")
-    if size in (1, 2) and array.dtype.names is None:
+    if size in ((1, 2) if wide else (1,)) and array.dtype.names is None:
         return array.view(f"u{size}")
     flat = np.frombuffer(array.tobytes(), np.uint8)
     return flat.reshape(*array.shape, size)
@@ -133,13 +133,15 @@ def _bits(array: Array) -> Array:
 
 def _from_bits(array: Array, dtype: np.dtype[Any]) -> Array:
     size = dtype.itemsize
-    shape = array.shape if size in (1, 2) and dtype.names is None else array.shape[:-1]
+    one_each = array.dtype.itemsize == size and size in (1, 2) and dtype.names is None
+    shape = array.shape if one_each else array.shape[:-1]
     if array.dtype.kind != "u" or dtype.hasobject or array.nbytes != size * int(np.prod(shape, dtype=object)):
         raise ValueError("not the bits")
     return np.ndarray(shape, dtype, array.tobytes() or b"\0").copy()
 
 
-def _describe(value: Any, path: str) -> Described | None:
+def describe(value: Any, path: str) -> Described | None:
+    """What `flatten` asks for every object: arrays and scalars of NumPy are leaves."""
     if type(value) in (np.ndarray, np.memmap):
         identity = (value.__array_interface__["data"][0], value.shape, value.strides, value.dtype.str)
         return Described(name_of(value.dtype, path), value.shape, "array", value, identity if value.nbytes else None)
@@ -153,5 +155,6 @@ def _describe(value: Any, path: str) -> Described | None:
     return None
 
 
-def _no_composite(composite: Any) -> Any:
+def no_composite(composite: Any) -> Any:
+    """No file of another program has one."""
     raise Damaged(f"an unknown composite: {composite.kind[:80]!r}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from everystep.errors import Error, Unsupported
+from everystep.errors import Error, Unsupported, UsageError
 from everystep.formats import named
 from everystep.formats.content import Content, Note, Opaque
 from everystep.formats.file import Array, Source, Target, is_whole
@@ -77,7 +78,7 @@ def _header(source: Source) -> tuple[dict[str, Any], int]:
         do = "is it a .safetensors file at all?"
         raise Unsupported(f"a header of {length} bytes, at most {HEADER_MAX}", where=source.name, do=do)
     try:
-        header = json.loads(source.bytes_at(8, length).tobytes().decode(), object_pairs_hook=_unique)
+        header = json.loads(source.bytes_at(8, length).tobytes().decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise source.damaged(f"its header is not valid JSON: {str(error)[:200]}") from error
     if not isinstance(header, dict):
@@ -85,7 +86,8 @@ def _header(source: Source) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON in which no name may be there twice."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("a name is there twice")
@@ -118,17 +120,52 @@ def _array(name: str, data: Array, kind: str, shape: tuple[int, ...], source: So
     return array
 
 
-def write(state: Any, target: Target) -> list[Note]:
+def write(state: Any, target: Target, metadata: Mapping[str, str] | None = None) -> list[Note]:
     """Arrays under their paths, largest elements first so that all are aligned; the nested state in the metadata.
 
     A tied array is there once, as the format wants it, under the first of its names.
 
+    Args:
+        metadata: text beside the state.
+
     Raises:
         Unsupported: for a header larger than the format allows.
     """
-    parts = named.take_apart(state, lambda dtype: dtype.newbyteorder("<") in _NAMES)
-    arrays = {name: np.asarray(a, a.dtype.newbyteorder("<"), order="C") for name, a in parts.arrays.items()}
-    header: dict[str, Any] = {_METADATA: {named.KEY: parts.table.decode()}}
+    parts = take_apart(state)
+    pack(parts.arrays, {**checked(metadata, target), named.KEY: parts.table.decode()}, target)
+    return notes(parts)
+
+
+def take_apart(state: Any) -> named.Named:
+    return named.take_apart(state, lambda dtype: dtype.newbyteorder("<") in _NAMES)
+
+
+def notes(parts: named.Named) -> list[Note]:
+    """What is kept in another form."""
+    return [
+        *parts.changed,
+        *(Note(name, f"the same array as {kept}: it is there once") for name, kept in parts.aliases.items()),
+    ]
+
+
+def checked(metadata: Mapping[str, str] | None, target: Target) -> dict[str, str]:
+    """Text by name, which the format asks for.
+
+    Raises:
+        UsageError: for anything else.
+    """
+    found = dict(metadata or {})
+    wrong = [key for key, value in found.items() if type(key) is not str or type(value) is not str or key == named.KEY]
+    if wrong:
+        do = f"give text by name, and no name {named.KEY!r}"
+        raise UsageError(f"metadata that has no place in this format: {wrong[0]!r}", where=target.name, do=do)
+    return found
+
+
+def pack(arrays: Mapping[str, Array], metadata: Mapping[str, str], target: Target) -> None:
+    """A whole file of these arrays."""
+    arrays = {name: np.asarray(a, a.dtype.newbyteorder("<"), order="C") for name, a in arrays.items()}
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
     at = 0
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     for name in names:
@@ -143,5 +180,3 @@ def write(state: Any, target: Target) -> list[Note]:
     target.write(len(body).to_bytes(8, "little") + body)
     for name in names:
         target.write(arrays[name].reshape(-1).view(np.uint8))
-    ties = [Note(name, f"the same array as {kept}: it is there once") for name, kept in parts.aliases.items()]
-    return [*parts.changed, *ties]

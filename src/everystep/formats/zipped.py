@@ -19,6 +19,8 @@ GROW_MIN, GROW_TIMES = 1 << 30, 64
 _HEADER = struct.Struct("<4s22xHH")
 _END, _END_64 = struct.Struct("<4s6xH10x"), struct.Struct("<4s28xQ36x")  # the latter with its locator
 _UTF8 = 0x800  # the flag of names that are not of the code page of 1981
+_PIECE = 8 << 20
+_CRC = "its bytes are not those that were written (CRC)"
 _PADDING = 0x4246  # the id that torch gives to the extra field that aligns its entries
 _FAILURES = (
     zipfile.BadZipFile, struct.error, zlib.error, NotImplementedError, RuntimeError, ValueError, OverflowError,
@@ -65,6 +67,43 @@ class Archive:
             Damaged: if it is not there, cut off, or not what its CRC says.
             Unsupported: if it is encrypted or packed by another method than deflate.
         """
+        entry, begin = self._place(name)
+        stored = self._source.bytes_at(begin, entry.compress_size)
+        data = stored if entry.compress_type == zipfile.ZIP_STORED else self._grow(name, stored, entry.file_size)
+        if len(data) != entry.file_size:
+            raise self._damaged(name, f"it has {len(data)} bytes, not {entry.file_size}")
+        if self._checked and zlib.crc32(memoryview(data)) != entry.CRC:
+            raise self._damaged(name, _CRC)
+        return data
+
+    def source(self, name: str) -> Source:
+        """An entry as a file of its own, checked; one that is not compressed stays where it is.
+
+        Raises:
+            Damaged, Unsupported: as `read` does.
+        """
+        entry, begin = self._place(name)
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            data = memoryview(self.read(name))
+
+            def read(into: memoryview, start: int) -> int:
+                into[:] = data[start : start + len(into)]
+                return len(into)
+        else:
+            crc = 0
+            for at in range(0, entry.file_size, _PIECE):
+                crc = zlib.crc32(self._source.bytes_at(begin + at, min(_PIECE, entry.file_size - at)).data, crc)
+            if self._checked and crc != entry.CRC:
+                raise self._damaged(name, _CRC)
+
+            def read(into: memoryview, start: int) -> int:
+                into[:] = self._source.bytes_at(begin + start, len(into)).data
+                return len(into)
+
+        return Source(self._where(name), entry.file_size, read)
+
+    def _place(self, name: str) -> tuple[zipfile.ZipInfo, int]:
+        """An entry, and where its bytes begin."""
         entry = self._entries.get(name)
         if entry is None:
             raise self._source.damaged(f"the archive has no entry {name[:200]!r}")
@@ -76,13 +115,7 @@ class Archive:
         wanted = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
         if signature != MAGIC or self._source.bytes_at(begin, name_bytes).tobytes() != wanted:
             raise self._damaged(name, "its header is missing, or of another name")
-        stored = self._source.bytes_at(begin + name_bytes + extra_bytes, entry.compress_size)
-        data = stored if entry.compress_type == zipfile.ZIP_STORED else self._grow(name, stored, entry.file_size)
-        if len(data) != entry.file_size:
-            raise self._damaged(name, f"it has {len(data)} bytes, not {entry.file_size}")
-        if self._checked and zlib.crc32(memoryview(data)) != entry.CRC:
-            raise self._damaged(name, "its bytes are not those that were written (CRC)")
-        return data
+        return entry, begin + name_bytes + extra_bytes
 
     def _grow(self, name: str, stored: Array, size: int) -> Array:
         try:
