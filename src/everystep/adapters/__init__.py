@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from everystep.adapters import numpy as numpy_adapter
-from everystep.errors import Damaged, Unsupported
-from everystep.schema import Composite, Described, Leaf, LoadReport
+from everystep.errors import Damaged, Unsupported, UsageError
+from everystep.schema import Box, Composite, Described, Leaf, LoadReport
 
 Place = Callable[[], None]
 
@@ -44,7 +44,14 @@ class Adapter(Protocol):
 
 
 # A framework's adapter is imported only once the program itself has imported the framework.
-_FRAMEWORKS = {"torch": "everystep.adapters.torch"}
+_FRAMEWORKS = {
+    "torch": "everystep.adapters.torch",
+    "tensorflow": "everystep.adapters.tensorflow",
+    "jax": "everystep.adapters.jax",
+    "mxnet": "everystep.adapters.mxnet",
+}
+RESEEDED = ("mxnet",)
+"""Frameworks whose random state nobody can read; `reseed` makes it a function of the step."""
 
 
 @cache
@@ -80,6 +87,28 @@ class Held(msgspec.Struct, frozen=True, gc=False):
     payload: Any
 
 
+class Kept(msgspec.Struct, frozen=True, gc=False):
+    """A leaf as it lies in a checkpoint, for an adapter that knows better than its kind what it is to become."""
+
+    leaf: Leaf
+    data: np.ndarray[Any, Any]
+
+
+def rebuild(template: Any, saved: Any) -> tuple[Any, LoadReport]:
+    """A saved state, whose leaves are `Kept`, in the structure, of the types and at the places of a template.
+
+    Raises:
+        UsageError: where nothing knows the structure of the template.
+    """
+    if "jax" not in sys.modules:
+        raise UsageError(
+            f"like={type(template).__name__} is not known",
+            do='like="numpy", "torch" or "saved"; or a pytree that the state is to look like, in a program of JAX',
+        )
+    report = LoadReport()
+    return _framework_adapter("jax").rebuild(template, saved, report), report
+
+
 def describe(value: Any, path: str) -> Any:
     """The first adapter's answer that knows the value: see `schema.flatten`."""
     for adapter in active():
@@ -112,6 +141,11 @@ def cut(payload: Any, start: int, stop: int) -> Any:
     """The part of an array that lies at these bytes, for `copy`; None where they do not lie one behind the other."""
     part = payload.adapter.cut(payload.payload, start, stop)
     return None if part is None else Held(payload.adapter, part)
+
+
+def piece(payload: Any, box: Box) -> Any:
+    """What lies in one of the boxes of a leaf that is held in several, for `view` and `copy`."""
+    return Held(payload.adapter, payload.adapter.piece(payload.payload, box))
 
 
 def standing(targets: Iterable[Any]) -> set[Hashable]:
@@ -211,6 +245,18 @@ def random_state() -> dict[str, Any]:
     for adapter in active():
         state.update(adapter.random_state())
     return state
+
+
+def reseed(step: int, seeds: dict[str, Any]) -> None:
+    """A step is complete: the generators that cannot be read out go on from what their seed makes of this step. So does
+    a run that is resumed here, whenever it was saved.
+
+    Args:
+        seeds: the run's own, by framework; filled in where there are none yet.
+    """
+    for name in RESEEDED:
+        if name in sys.modules:
+            _framework_adapter(name).reseed(step, seeds)
 
 
 def set_random_state(state: dict[str, Any]) -> list[str]:

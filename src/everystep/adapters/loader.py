@@ -18,6 +18,7 @@ T = TypeVar("T")
 _INSIDE = ("sampler", "batch_sampler", "dataset", "datasets", "transform", "transforms")
 _DEPTH_MAX = 6
 _WITHOUT_CHANCE = (list, tuple, range, np.ndarray)
+_LOADERS = {"torch": "everystep.adapters.torch_loader", "tensorflow": "everystep.adapters.tensorflow_loader"}
 
 
 class Stream:
@@ -138,7 +139,7 @@ class IterableSource:
             for _ in range(skip):
                 next(batches, None)
             return batches
-        apart = _Apart(self._batches, Stream(begun["seeds"]))
+        apart = Apart(self._batches, Stream(begun["seeds"]))
         for _ in range(skip):
             next(apart, None)
         return apart
@@ -189,7 +190,7 @@ class IterableSource:
         return None
 
 
-class _Apart:
+class Apart:
     """An iterator whose random numbers come from a stream of their own."""
 
     def __init__(self, batches: Iterable[Any], stream: Stream) -> None:
@@ -205,8 +206,9 @@ class _Apart:
 
 def source(loader: Iterable[Any]) -> Any:
     """The source for a loader: the framework's own where it is one of a framework."""
-    if "torch" in sys.modules:
-        found = importlib.import_module("everystep.adapters.torch_loader").source(loader)
-        if found is not None:
-            return found
+    for framework, module in _LOADERS.items():
+        if framework in sys.modules:
+            found = importlib.import_module(module).source(loader)
+            if found is not None:
+                return found
     return IterableSource(loader)

@@ -192,7 +192,9 @@ def source(loader: Iterable[Any]) -> Any:
     if not isinstance(loader, DataLoader):
         return None
     kind = type(loader)
-    ordinary = (kind.__iter__, kind._get_iterator) == (DataLoader.__iter__, DataLoader._get_iterator)
+    # A wrapper may only pass for a DataLoader, as Accelerate's does.
+    ordinary = issubclass(kind, DataLoader) and kind.__iter__ is DataLoader.__iter__
+    ordinary = ordinary and kind._get_iterator is DataLoader._get_iterator
     if isinstance(loader.dataset, IterableDataset) or not ordinary or adapters.has_state(loader):
         return StreamSource(loader)
     return LoaderSource(loader)
