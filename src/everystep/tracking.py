@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from everystep import adapters
 from everystep.checkpoint import LOOP, RESERVED, RNG
 from everystep.errors import UsageError
-from everystep.restore import STATE
+from everystep.restore import STATE, WORKER
 from everystep.save.frozen import Declared
 from everystep.save.roles import with_roles
 from everystep.schema import Roled
+from everystep.seam import Seam
+from everystep.workers import Worker
 
 TRUSTED = "trusted"
 
@@ -19,10 +21,12 @@ TRUSTED = "trusted"
 class Tracking:
     """The objects by name; `state` captures them."""
 
-    def __init__(self) -> None:
+    def __init__(self, seam: Seam) -> None:
         self.objects: dict[str, Any] = {}
+        self.worker = Worker(seam)
         self.with_rng = True
         self._trusts = False
+        self._seeds: dict[str, Any] = {}
         self._below: tuple[str, ...] | None = ()
 
     def add(self, objects: dict[str, Any], *, rng: bool, frozen: str | Collection[str] | None) -> list[str]:
@@ -44,6 +48,16 @@ class Tracking:
             self._below = None if below is None or self._below is None else (*self._below, *below)
         return new
 
+    def resumed(self, random: Mapping[str, Any]) -> None:
+        """The run goes on from a checkpoint with these random states."""
+        self.worker.forget()
+        self._seeds = {name: random[name] for name in adapters.RESEEDED if name in random}
+
+    def reseed(self, step: int) -> None:
+        """A step is complete: random generators whose state nobody can read go on from a seed of the next one's own."""
+        if self.with_rng:
+            adapters.reseed(step, self._seeds)
+
     def state(self, step: int, explicit: Any, position: dict[str, Any]) -> dict[str, Any]:
         """All that a checkpoint holds.
 
@@ -51,6 +65,7 @@ class Tracking:
             explicit: a state that is given beside what is tracked.
             position: in the data.
         """
+        self.reseed(step)
         whole: dict[str, Any] = {
             name: adapters.capture(target, name, self.objects) for name, target in self.objects.items()
         }
@@ -59,6 +74,9 @@ class Tracking:
         if self.with_rng:
             whole[RNG] = Roled("rng", adapters.random_state())
         whole[LOOP] = Roled("rng", {**position, "step": step})
+        own = self.worker.section(step)
+        if own is not None:
+            whole[WORKER] = own
         return whole
 
     def declared(self) -> Declared:

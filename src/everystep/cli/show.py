@@ -119,6 +119,7 @@ def _about_checkpoint(repository: Repository, past: PastRun, checkpoint: Checkpo
         },
         "roles": roles,
         "leaves": leaves,
+        "workers": checkpoint.workers,
     }
 
 
@@ -216,10 +217,28 @@ def _checkpoint(
     ])  # fmt: skip
     metrics = [(human.clean(name), human.value(found)) for name, found in about["metrics"].items()]
     yield from _section("metrics", pairs(metrics, 2))
+    yield from _section("workers", list(_workers(document["workers"], width)))
     yield from _section("notes", [Text("  ").append(human.clean(note)) for note in about["notes"]])
     yield from _section("environment", _environment(about["environment"]))
     yield from _section("leaves", list(lines_of(document["leaves"], lines, width)))
     yield from _section("roles", list(_roles(document["roles"])))
+
+
+def _workers(workers: Sequence[dict[str, Any]], width: int | None) -> Iterator[Text]:
+    """A line for each worker that said something of itself."""
+    if not workers:
+        return
+    names = list(dict.fromkeys(name for worker in workers for name in worker))
+    columns = [
+        Column(human.clean(name), right=name != "host", least=8 * (name == "host"), spare=name not in ("rank", "host"))
+        for name in names
+    ]
+    cells = [human.numbers([worker.get(name) for worker in workers]) for name in names]
+    table = lay_out(columns, [list(row) for row in zip(*cells)], width - 2 if width is not None else None)
+    for line in [table.head, *table.rows]:
+        yield Text("  ").append_text(line)
+    if table.left_out:
+        yield Text(f"  no room for {', '.join(table.left_out)}", "dim")
 
 
 def _roles(roles: dict[str, dict[str, int]]) -> Iterator[Text]:

@@ -21,10 +21,14 @@ from everystep.vault import Committed, Manifest, PartView, RunVault
 from everystep.vault.record import Attach
 
 T = TypeVar("T")
-LIKES = ("numpy", "torch", "saved")
+_LIKES = {"torch": "torch.tensor", "tensorflow": "tensorflow.tensor", "jax": "jax.array"}
+LIKES = ("numpy", *_LIKES, "saved")
+KEPT = "kept"
+"""Of `build`: leaves as `adapters.Kept`, and composites as they are, for what looks like a template."""
 OPTIMIZER = "optimizer"
 STATE = "state"
-SECTIONS_OF_OURS = ("rng", "loop")
+WORKER = "worker"
+SECTIONS_OF_OURS = ("rng", "loop", WORKER)
 
 
 class Opened:
@@ -69,7 +73,7 @@ class Opened:
         """The part of the state under a path.
 
         Args:
-            like: "numpy" for arrays, "torch" for tensors, "saved" for what each leaf was.
+            like: "numpy" for arrays, "torch" or "jax" for theirs, "saved" for what each leaf was.
             types: classes of named tuples and dataclasses to build.
 
         Raises:
@@ -87,7 +91,7 @@ class Opened:
         progress: Progress | None = None,
     ) -> dict[str, Any]:
         """path -> the part of the state under it, as `build` gives it; all read at once. No two share memory."""
-        if like not in LIKES:
+        if like not in LIKES and like != KEPT:
             raise UsageError(f"like={like!r} is not known", do=f"one of {', '.join(LIKES)}")
         trees = {path: self._trees(path) for path in paths}
         names = {path: {leaf.path for tree in found for leaf in _leaves(tree)} for path, found in trees.items()}
@@ -284,8 +288,8 @@ def _build(tree: Tree, data: dict[str, np.ndarray[Any, Any]], like: str, types: 
         return made[index]
 
     def compose(composite: Composite) -> Any:
-        if like == "numpy":
-            return composite.parts
+        if like in ("numpy", KEPT):
+            return composite.parts if like == "numpy" else composite
         return adapters.adapter_for_kind(composite.kind).compose(composite)
 
     return unflatten(tree, leaf, compose, types)
@@ -295,8 +299,10 @@ def _leaf(leaf: Leaf, data: np.ndarray[Any, Any], like: str) -> Any:
     build: Callable[[Leaf, np.ndarray[Any, Any]], Any]
     if leaf.kind in ("bytes", "str"):
         return numpy_adapter.build(leaf, data)
-    if like == "torch":
-        build = adapters.adapter_for_kind("torch.tensor").build
+    if like == KEPT:
+        return adapters.Kept(leaf, data)
+    if like in _LIKES:
+        build = adapters.adapter_for_kind(_LIKES[like]).build
     elif like == "saved":
         build = adapters.adapter_for_kind(leaf.kind).build
     else:

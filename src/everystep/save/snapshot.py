@@ -12,7 +12,7 @@ import numpy as np
 from everystep import adapters
 from everystep.save.arena import PIECE_BYTES, Array, Copier
 from everystep.save.frozen import FrozenLeaf
-from everystep.schema import Layout, Tree
+from everystep.schema import Box, Layout, Tree
 from everystep.schema.layout import ALIGN, Region
 
 
@@ -68,15 +68,22 @@ def copy_state(tree: Tree, layout: Layout, data: Array, copier: Copier, frozen: 
         if region.stream in frozen:
             continue
         target = streams[region.stream][region.start : region.start + region.nbytes]
-        source = adapters.view(tree.payloads[region.leaf])
+        payload = _held(tree, region)
+        source = adapters.view(payload)
         if source is None:
-            adapters.copy(tree.payloads[region.leaf], target)
+            adapters.copy(payload, target)
         elif region.nbytes < PIECE_BYTES:
             np.copyto(target, source)
         else:
             large.append((target, source))
     copier.copy(large)
     return Snapshot(tree, layout, data, streams, frozen)
+
+
+def _held(tree: Tree, region: Region) -> Any:
+    """The array that lies in a region: the leaf's, or of a leaf that is held in several boxes the one in this."""
+    payload = tree.payloads[region.leaf]
+    return payload if len(tree.leaves[region.leaf].boxes) < 2 else adapters.piece(payload, region.box)
 
 
 def _aligned(nbytes: int) -> int:
@@ -87,7 +94,8 @@ def _aligned(nbytes: int) -> int:
 class StateInPlace(Snapshot):
     """A state that is read where it lies, while training waits: for what not even one copy has room."""
 
-    payloads: Sequence[Any] = ()
+    payloads: Mapping[tuple[int, Box], Any] = field(default_factory=dict)
+    """By leaf and box."""
     regions: Mapping[int, Sequence[Region]] = field(default_factory=dict)
     """Of each stream, in their order."""
 
@@ -101,7 +109,7 @@ class StateInPlace(Snapshot):
         while at < len(regions) and (region := regions[at]).start < stop:
             first, last = max(chunk.start - region.start, 0), min(stop - region.start, region.nbytes)
             if first < last:
-                pieces.append(_bytes(self.payloads[region.leaf], region.nbytes, first, last))
+                pieces.append(_bytes(self.payloads[region.leaf, region.box], region.nbytes, first, last))
             at += 1
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
@@ -110,7 +118,8 @@ def leave_in_place(tree: Tree, layout: Layout) -> StateInPlace:
     regions: dict[int, list[Region]] = {}
     for region in layout.regions:
         regions.setdefault(region.stream, []).append(region)
-    return StateInPlace(tree, layout, np.empty(0, np.uint8), (), {}, list(tree.payloads), regions)
+    payloads = {(region.leaf, region.box): _held(tree, region) for region in layout.regions}
+    return StateInPlace(tree, layout, np.empty(0, np.uint8), (), {}, payloads, regions)
 
 
 def _bytes(payload: Any, nbytes: int, start: int, stop: int) -> Array:

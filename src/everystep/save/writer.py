@@ -136,6 +136,8 @@ class Writer:
         self.known = Known()
         """What that checkpoint holds."""
         self.notices: list[str] = []
+        self.durable: list[str] = []
+        """Ids of the checkpoints that nobody has been told of yet."""
         self._condition = vault.seam.condition()
         self._keeper = keeper
         seam, settings = vault.seam, vault.settings
@@ -262,6 +264,8 @@ class Writer:
             id, error = self._try(job)
             if error is not None:
                 self._owed.append(_Owed(job.saved, job.step, job.metrics, job.extra, job.attachments))
+            if id is not None:
+                self.durable.append(id)
             job.saved.settle(id, error)
             if error is None and self.rank == 0:
                 self.notices += self._keeper.after_commit()

@@ -202,6 +202,8 @@ class _Flattener:
             fields = dict(zip(value._fields, value))
             _check_whole(value, fields, path)
             self._record("namedtuple", kind.__qualname__, fields, path, role, depth)
+        elif _is_dataclass(kind) and (found := self.describe(value, path)) is not None:
+            self._found(value, found, path, role, depth)
         elif _is_dataclass(kind):
             fields = {f.name: getattr(value, f.name, _UNSET) for f in dataclasses.fields(value)}
             _check_whole(value, fields, path)
@@ -224,13 +226,15 @@ class _Flattener:
             self.visit(child, _join(path, text), role, depth + 1)
 
     def _foreign(self, value: Any, path: str, role: str, depth: int) -> None:
-        found = self.describe(value, path)
+        self._found(value, self.describe(value, path), path, role, depth)
+
+    def _found(self, value: Any, found: Any, path: str, role: str, depth: int) -> None:
         if isinstance(found, Described):
             self.nodes.append(["leaf", self._leaf(found, path, role)])
         elif isinstance(found, Composite):
             self._record("composite", found.kind, found.parts, path, role, depth)
-        elif plain.is_plain(found) and found is not None:
-            self.visit(found, path, role, depth)
+        elif found is not None:
+            self.visit(found, path, role, depth + 1)
         else:
             raise refuse(value, path)
 
@@ -303,8 +307,8 @@ def flatten(state: Any, describe: Callable[[Any, str], Any], role: str = "other"
     """The table of a nested state.
 
     Args:
-        describe: asked for every object that is neither a container nor plain: answers a Described or Composite
-            (or a plain value to be kept in its place), or None for what it does not know.
+        describe: asked for every object that is neither a container nor plain, and for dataclasses: answers a
+            Described or Composite, or what is kept in its place, or None for what it does not know.
 
     Raises:
         Unsupported: naming the path of what could only be restored by running code.
