@@ -74,6 +74,7 @@ class Walk:
             return
         self._seen.add(id(value))
         module = self._keras
+        generators: Any = (tf.random.Generator, *([] if module is None else [module.random.SeedGenerator]))
         if is_variable(value):
             trains = _trains(value)
             self._variable(value, names, "weights" if trains else "buffer", frozen=not value.trainable)
@@ -83,7 +84,7 @@ class Walk:
             self._layer(value, names)
         elif module is not None and isinstance(value, module.Metric):
             self._metric(value, names)
-        elif isinstance(value, (tf.random.Generator, *([] if module is None else [module.random.SeedGenerator]))):
+        elif isinstance(value, generators):
             self._variable(value.state, names, "rng")
         elif tensorflow_loader.is_iterator(value):
             self.slots.append(IteratorSlot(names, "rng", value))

@@ -81,7 +81,11 @@ def _set_generator(values: list[Any], algorithm: int) -> list[str]:
 
 def _keras_seeds() -> Any | None:
     """The generator that Keras makes when something first asks it for numbers and gives no seed."""
-    return sys.modules[_GLOBAL].get_global_attribute(sys.modules[_SEEDS].GLOBAL_SEED_GENERATOR)  # type: ignore[attr-defined]
+    return _module(_GLOBAL).get_global_attribute(_module(_SEEDS).GLOBAL_SEED_GENERATOR)
+
+
+def _module(name: str) -> Any:
+    return sys.modules[name]
 
 
 def _set_keras(values: list[Any] | None) -> list[str]:
@@ -91,7 +95,7 @@ def _set_keras(values: list[Any] | None) -> list[str]:
         here = module.random.SeedGenerator(0, name="global_seed_generator")
     if values is None:
         here = None  # made again from Python's random state when it is needed, as in the run that goes on
-    sys.modules[_GLOBAL].set_global_attribute(sys.modules[_SEEDS].GLOBAL_SEED_GENERATOR, here)  # type: ignore[attr-defined]
+    _module(_GLOBAL).set_global_attribute(_module(_SEEDS).GLOBAL_SEED_GENERATOR, here)
     return [] if values is None or here is None else _set_values(here.state, values, "keras")
 
 
