@@ -74,7 +74,7 @@ bench: $(BENCH_READY)
 
 long: $(READY)
 	EVERYSTEP_KILLS=100 EVERYSTEP_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal \
-		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py
+		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py tests/test_exact.py
 
 clean:
 	rm -rf $(VENV) $(ALL) $(MXNET) demo-out exact-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
