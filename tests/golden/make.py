@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,14 +178,19 @@ def delta_states() -> Iterator[dict[str, Any]]:
         }
 
 
-def make_deltas(folder: str) -> None:
-    """Chains of checkpoints that lean on each other, longer than a chain may be."""
+def save_each(folder: str, name: str, states: Iterable[dict[str, Any]]) -> None:
+    """A run with a checkpoint of each of these, in chunks that hold one leaf."""
     settings = replace(SMALL, chunk_bytes_max=32768, small_leaf_bytes=1000)
-    run = opened(folder, settings).run("deltas")
+    run = opened(folder, settings).run(name)
     run.track(rng=False)
-    for step, state in enumerate(delta_states(), 1):
+    for step, state in enumerate(states, 1):
         run.save(step, state=state).wait()
     run.close()
+
+
+def make_deltas(folder: str) -> None:
+    """Chains of checkpoints that lean on each other, longer than a chain may be."""
+    save_each(folder, "deltas", delta_states())
 
 
 PACKED = 3
@@ -227,12 +232,7 @@ def packed_states() -> Iterator[dict[str, Any]]:
 
 def make_packed(folder: str) -> None:
     """Chunks in codes for each exponent, of the whole and of what changed."""
-    settings = replace(SMALL, chunk_bytes_max=32768, small_leaf_bytes=1000)
-    run = opened(folder, settings).run("packed")
-    run.track(rng=False)
-    for step, state in enumerate(packed_states(), 1):
-        run.save(step, state=state).wait()
-    run.close()
+    save_each(folder, "packed", packed_states())
 
 
 def rank_state(step: int, rank: int) -> dict[str, Any]:
