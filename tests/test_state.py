@@ -85,7 +85,7 @@ def unpack(packed: tuple[bytes, bytes, bytes, list[bytes]], types: Any = TYPES, 
             built[index] = numpy_adapter.build(tree.leaves[index], data)
         return built[index]
 
-    return unflatten(select(tree, path), leaf, numpy_adapter.compose, types)
+    return unflatten(select(tree, path), leaf, adapters.compose, types)
 
 
 def raw(array: np.ndarray) -> bytes:

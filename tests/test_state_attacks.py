@@ -57,7 +57,7 @@ def everything(tree: Tree, types: Any = ()) -> None:
     def leaf(index: int) -> Any:
         return numpy_adapter.build(tree.leaves[index], np.zeros(8, np.uint8))
 
-    unflatten(tree, leaf, numpy_adapter.compose, types)
+    unflatten(tree, leaf, adapters.compose, types)
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

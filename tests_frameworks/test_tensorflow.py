@@ -135,7 +135,7 @@ def test_parts_that_do_not_fit_together_are_damage() -> None:
         ("tensorflow.other", {}),
     ):
         with pytest.raises(everystep.Damaged):
-            adapter.compose(Composite(kind, parts))
+            adapters.compose(Composite(kind, parts))
 
 
 # ----------------------------------------------------------------------------------------------------------- names

@@ -15,8 +15,7 @@ from _gluon import net_of, picture, scramble, step
 from mxnet import gluon
 
 import everystep
-from everystep import EverystepWarning
-from everystep.adapters import mxnet as adapter
+from everystep import EverystepWarning, adapters
 from everystep.adapters.mxnet_arrays import same_bits
 from everystep.errors import Damaged
 from everystep.schema import Composite
@@ -123,9 +122,9 @@ def test_sparse_parts_that_do_not_fit_are_refused(kind: str, changed: dict[str, 
             "data": np.zeros(3, "f4"),
         },
     }[kind]  # fmt: skip
-    adapter.compose(Composite(f"mxnet.{kind}", parts))
+    adapters.compose(Composite(f"mxnet.{kind}", parts))
     with pytest.raises(Damaged, match="do not fit together"):
-        adapter.compose(Composite(f"mxnet.{kind}", {**parts, **changed}))
+        adapters.compose(Composite(f"mxnet.{kind}", {**parts, **changed}))
 
 
 def test_without_mxnet_its_arrays_are_numpy_arrays(tmp_path: Path) -> None:

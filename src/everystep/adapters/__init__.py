@@ -23,10 +23,13 @@ class Adapter(Protocol):
 
     KINDS: tuple[str, ...]
     """Leaf and composite kinds that this adapter builds."""
+    MAKERS: Mapping[str, Callable[[Mapping[str, Any]], Any]]
+    """Composite kind -> what builds one from its parts."""
+    MISFITS: tuple[type[Exception], ...]
+    """What a maker raises where the parts do not fit together."""
 
     def describe(self, value: Any, path: str) -> Described | Composite | Any: ...
     def build(self, leaf: Leaf, data: np.ndarray[Any, Any]) -> Any: ...
-    def compose(self, composite: Composite) -> Any: ...
     def capture(self, target: Any, path: str, tracked: Mapping[str, Any]) -> Any: ...
     def apply(
         self, target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
@@ -119,6 +122,22 @@ def describe(value: Any, path: str) -> Any:
         if found is not None:
             return found
     return None
+
+
+def compose(composite: Composite) -> Any:
+    """What a composite stands for, built from its parts.
+
+    Raises:
+        Damaged: for one that no save makes.
+    """
+    adapter = adapter_for_kind(composite.kind)
+    maker = adapter.MAKERS.get(composite.kind)
+    if maker is None:
+        raise Damaged(f"unknown composite {composite.kind[:80]!r}", do="was it written by a newer everystep?")
+    try:
+        return maker(composite.parts)
+    except adapter.MISFITS as error:
+        raise Damaged(f"the parts of a {composite.kind} do not fit together: {error}", do="run fsck") from error
 
 
 def view(payload: Any) -> np.ndarray[Any, Any] | None:

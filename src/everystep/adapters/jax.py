@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from everystep.adapters import jax_nnx, jax_tree
+from everystep.adapters import composites, jax_nnx, jax_tree
 from everystep.adapters import numpy as numpy_adapter
+from everystep.adapters.composites import Misfit
 from everystep.adapters.jax_place import ARRAY, KEY, WEAK, is_key, make_key
 from everystep.adapters.jax_place import build as build
-from everystep.errors import Damaged, Unsupported
+from everystep.errors import Unsupported
 from everystep.schema import Box, Composite, Described, LoadReport, Roled
 from everystep.schema.dtype import name_of
 
@@ -105,11 +106,14 @@ def piece(payload: Pieces, box: Box) -> Any:
     return next(part for place, part in payload.parts if place == box)
 
 
-def compose(composite: Composite) -> Any:
-    parts = composite.parts
-    if composite.kind != KEY or parts.keys() != {"impl", "data"} or type(parts["impl"]) is not str:
-        raise Damaged(f"unknown composite {composite.kind[:80]!r}", do="was it written by a newer everystep?")
+def _make_key(parts: Mapping[str, Any]) -> Any:
+    if parts.keys() != {"impl", "data"} or type(parts["impl"]) is not str:
+        raise Misfit(f"not a key's: {sorted(parts)[:5]}")
     return make_key(np.asarray(parts["data"]), parts["impl"], "")
+
+
+MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {KEY: _make_key}
+MISFITS = composites.MISFITS
 
 
 def view(payload: Any) -> Array | None:

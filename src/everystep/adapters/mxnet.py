@@ -12,7 +12,7 @@ from blake3 import blake3
 from mxnet.base import _LIB, check_call
 from mxnet.ndarray.sparse import BaseSparseNDArray
 
-from everystep.adapters import mxnet_trainer
+from everystep.adapters import composites, mxnet_trainer
 from everystep.adapters import numpy as numpy_adapter
 from everystep.adapters.mxnet_arrays import (
     ARRAY,
@@ -20,14 +20,14 @@ from everystep.adapters.mxnet_arrays import (
     NUMPY,
     ROW_SPARSE,
     make,
-    make_sparse,
+    make_csr,
+    make_row_sparse,
     name_of_dtype,
     shape_of,
     sparse_parts,
-    unfit,
 )
 from everystep.adapters.mxnet_blocks import apply_block, capture_block, not_captured_of_block
-from everystep.errors import Damaged, Unsupported
+from everystep.errors import Unsupported
 from everystep.schema import Composite, Described, Leaf, LoadReport
 
 KINDS = (ARRAY, NUMPY, ROW_SPARSE, CSR)
@@ -54,13 +54,8 @@ def build(leaf: Leaf, data: Array) -> Any:
     return make(numpy_adapter.as_array(leaf, data), leaf.kind == NUMPY, leaf.path)
 
 
-def compose(composite: Composite) -> Any:
-    if composite.kind not in (ROW_SPARSE, CSR):
-        raise Damaged(f"unknown composite {composite.kind!r}", do="was it written by a newer everystep?")
-    try:
-        return make_sparse(composite.kind, composite.parts)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError, mx.MXNetError) as error:
-        raise unfit(composite.kind, error) from error
+MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {ROW_SPARSE: make_row_sparse, CSR: make_csr}
+MISFITS = (*composites.MISFITS, mx.MXNetError)
 
 
 def view(payload: Any) -> Array | None:

@@ -11,7 +11,8 @@ import numpy as np
 from mxnet.base import _LIB, check_call
 from mxnet.ndarray.sparse import BaseSparseNDArray
 
-from everystep.errors import Damaged, Unsupported
+from everystep.adapters.composites import Misfit
+from everystep.errors import Unsupported
 from everystep.schema.dtype import name_of, parse
 
 ARRAY, NUMPY, ROW_SPARSE, CSR = "mxnet.ndarray", "mxnet.numpy", "mxnet.row_sparse", "mxnet.csr"
@@ -123,34 +124,40 @@ def sparse_parts(value: Any, path: str) -> dict[str, Any]:
     return {**parts, "indptr": host(value.indptr), "indices": host(value.indices), "data": host(value.data)}
 
 
-def unfit(kind: str, what: object) -> Damaged:
-    return Damaged(f"the parts of a {kind} do not fit together: {what}", do="run fsck")
-
-
-def make_sparse(kind: str, parts: Mapping[str, Any]) -> Any:
+def make_row_sparse(parts: Mapping[str, Any]) -> Any:
     """Indices outside the shape would let later code read foreign memory: they are checked.
 
     Raises:
-        Damaged: if they do not fit.
+        Misfit: if they do not fit.
     """
-    shape, dtype = tuple(int(n) for n in parts["shape"]), _DTYPES[parts["dtype"]]
-    indices, data = np.asarray(parts["indices"]), np.asarray(parts["data"])
-    limit = shape[0 if kind == ROW_SPARSE else 1]
-    if indices.dtype != np.int64 or indices.ndim != 1 or (indices < 0).any() or (indices >= limit).any():
-        raise unfit(kind, f"indices outside of {shape}")
-    if kind == ROW_SPARSE:
-        if len(shape) < 2 or data.shape != (len(indices), *shape[1:]) or (np.diff(indices) <= 0).any():
-            raise unfit(kind, f"rows that do not fit {shape}")
-        if not len(indices):
-            return mx.nd.sparse.zeros("row_sparse", shape, ctx=mx.cpu(), dtype=dtype)
-        made = make(data, False, ""), make(indices, False, "")
-        return mx.nd.sparse.row_sparse_array(made, shape=shape, ctx=mx.cpu(), dtype=dtype)
+    shape, dtype, indices, data = _common(parts, 0)
+    if len(shape) < 2 or data.shape != (len(indices), *shape[1:]) or (np.diff(indices) <= 0).any():
+        raise Misfit(f"rows that do not fit {shape}")
+    if not len(indices):
+        return mx.nd.sparse.zeros("row_sparse", shape, ctx=mx.cpu(), dtype=dtype)
+    made = make(data, False, ""), make(indices, False, "")
+    return mx.nd.sparse.row_sparse_array(made, shape=shape, ctx=mx.cpu(), dtype=dtype)
+
+
+def make_csr(parts: Mapping[str, Any]) -> Any:
+    """As `make_row_sparse`."""
+    shape, dtype, indices, data = _common(parts, 1)
     indptr = np.asarray(parts["indptr"])
     if indptr.dtype != np.int64 or indptr.shape != (shape[0] + 1,) or len(shape) != 2:
-        raise unfit(kind, f"pointers that do not fit {shape}")
+        raise Misfit(f"pointers that do not fit {shape}")
     if data.shape != indices.shape or indptr[0] != 0 or indptr[-1] != len(indices) or (np.diff(indptr) < 0).any():
-        raise unfit(kind, f"values that do not fit {shape}")
+        raise Misfit(f"values that do not fit {shape}")
     if not len(indices):
         return mx.nd.sparse.zeros("csr", shape, ctx=mx.cpu(), dtype=dtype)
     arrays = tuple(make(array, False, "") for array in (data, indices, indptr))
     return mx.nd.sparse.csr_matrix(arrays, shape=shape, ctx=mx.cpu(), dtype=dtype)
+
+
+def _common(parts: Mapping[str, Any], axis: int) -> tuple[tuple[int, ...], Any, Array, Array]:
+    """Shape, element type, indices along an axis, values."""
+    shape, dtype = tuple(int(n) for n in parts["shape"]), _DTYPES[parts["dtype"]]
+    indices, data = np.asarray(parts["indices"]), np.asarray(parts["data"])
+    limit = shape[axis]
+    if indices.dtype != np.int64 or indices.ndim != 1 or (indices < 0).any() or (indices >= limit).any():
+        raise Misfit(f"indices outside of {shape}")
+    return shape, dtype, indices, data

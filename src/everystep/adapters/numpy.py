@@ -18,6 +18,8 @@ from everystep.schema.dtype import name_of, parse
 _TWINS = {f"scalar:{char}": char for char in "iIlLqQgG"}
 KINDS = ("array", "scalar", "bytes", "str", *_TWINS)
 RANDOM = ("python", "numpy")
+MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {}  # NumPy has no composites
+MISFITS: tuple[type[Exception], ...] = ()
 Array = np.ndarray[Any, Any]
 
 
@@ -128,10 +130,6 @@ def as_array(leaf: Leaf, data: Array) -> Array:
     except (TypeError, ValueError, OverflowError) as error:
         what = f"{data.nbytes} bytes do not make an array of {len(leaf.shape)} axes of {leaf.dtype[:80]}"
         raise Damaged(what, where=leaf.path) from error
-
-
-def compose(composite: Composite) -> Any:
-    raise Damaged(f"unknown composite {composite.kind!r}", do="was it written by a newer everystep?")
 
 
 def owns(target: Any) -> bool:

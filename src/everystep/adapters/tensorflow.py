@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from everystep.adapters import tensorflow_graph, tensorflow_loader, tensorflow_values
+from everystep.adapters import composites, tensorflow_graph, tensorflow_loader, tensorflow_values
+from everystep.adapters.composites import Misfit, known
 from everystep.adapters.tensorflow_random import RANDOM as RANDOM
 from everystep.adapters.tensorflow_random import random_state as random_state
 from everystep.adapters.tensorflow_random import set_random_state as set_random_state
@@ -131,12 +132,12 @@ def _ragged(value: Any) -> Composite:
 def _make_ragged(parts: Mapping[str, Any]) -> Any:
     value = parts["values"]
     if len(parts["rows"]) > _RAGGED_DEPTH_MAX:
-        raise ValueError("nested too deep")
+        raise Misfit("nested too deep")
     for row in reversed(parts["rows"]):
         if "splits" in row:
             value = tf.RaggedTensor.from_row_splits(value, row["splits"])
         else:
-            kind = tf.as_dtype(_known(row["type"], ("int32", "int64")))
+            kind = tf.as_dtype(known(row["type"], ("int32", "int64")))
             length, count = tf.constant(row["length"], kind), tf.constant(row["count"], kind)
             value = tf.RaggedTensor.from_uniform_row_length(value, length, nrows=count)
     return value
@@ -146,37 +147,22 @@ def _make_sparse(parts: Mapping[str, Any]) -> Any:
     """Indices outside the shape would let later code read foreign memory."""
     indices, shape = np.asarray(parts["indices"]), np.asarray(parts["shape"])
     if indices.ndim != 2 or np.any(indices < 0) or np.any(indices >= shape):
-        raise ValueError("indices outside of the shape")
+        raise Misfit("indices outside of the shape")
     return tf.SparseTensor(parts["indices"], parts["values"], parts["shape"])
 
 
-def _known(name: Any, table: Collection[str]) -> str:
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown name {str(name)[:80]!r}")
-    return name
-
-
 _NAMED = ("string", "resource", "variant", "qint8", "quint8", "qint16", "quint16", "qint32")
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "tensorflow.string": _make_strings,
     "tensorflow.ragged": _make_ragged,
     "tensorflow.sparse": _make_sparse,
     "tensorflow.slices": lambda parts: tf.IndexedSlices(parts["values"], parts["indices"], parts["shape"]),
     "tensorflow.shape": lambda parts: tf.TensorShape(parts["sizes"]),
     "tensorflow.dtype": lambda parts: tf.as_dtype(
-        _known(parts["name"], {*_NAMED, *(dtype.name for dtype in _DISK_NAMES)})
+        known(parts["name"], {*_NAMED, *(dtype.name for dtype in _DISK_NAMES)})
     ),
 }
-
-
-def compose(composite: Composite) -> Any:
-    maker = _MAKERS.get(composite.kind)
-    if maker is None:
-        raise Damaged(f"unknown composite {composite.kind!r}", do="was it written by a newer everystep?")
-    try:
-        return maker(composite.parts)
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
-        raise Damaged(f"the parts of a {composite.kind} do not fit together: {error}") from error
+MISFITS = (*composites.MISFITS, tf.errors.OpError)
 
 
 def build(leaf: Leaf, data: Array) -> Any:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from everystep.adapters import torch_optim
+from everystep.adapters import composites, torch_optim
+from everystep.adapters.composites import Misfit, known
 from everystep.adapters.torch_memory import PLAIN, identity, memory
 from everystep.adapters.torch_memory import cut as cut
 from everystep.adapters.torch_memory import mark as mark
@@ -140,10 +141,10 @@ def _quantized(value: Tensor, path: str) -> Composite:
 
 
 def _make_quantized(parts: Mapping[str, Any]) -> Tensor:
-    dtype, shape, data = _CONSTANTS[_known(parts["dtype"], _QUANTIZED)], parts["shape"], parts["int_repr"].contiguous()
+    dtype, shape, data = _CONSTANTS[known(parts["dtype"], _QUANTIZED)], parts["shape"], parts["int_repr"].contiguous()
     if not 0 <= math.prod(shape) <= data.nbytes * 4:
-        raise ValueError(f"{data.nbytes} bytes do not make {shape}")
-    if _known(parts["scheme"], _SCHEMES) == "per_tensor_affine":
+        raise Misfit(f"{data.nbytes} bytes do not make {shape}")
+    if known(parts["scheme"], _SCHEMES) == "per_tensor_affine":
         made = torch._empty_affine_quantized(shape, scale=parts["scale"], zero_point=parts["zero_point"], dtype=dtype)
     else:
         made = torch._empty_per_channel_affine_quantized(
@@ -169,7 +170,7 @@ def _sparse(value: Tensor, path: str) -> Composite:
 
 def _make_sparse(parts: Mapping[str, Any]) -> Tensor:
     """Invariants are checked: indices outside the shape would let later code read foreign memory."""
-    layout, shape, values = _known(parts["layout"], _SPARSE), parts["shape"], parts["values"]
+    layout, shape, values = known(parts["layout"], _SPARSE), parts["shape"], parts["values"]
     if layout == "sparse_coo":
         made = torch.sparse_coo_tensor(parts["indices"], values, shape, check_invariants=True)
         return made._coalesced_(bool(parts["coalesced"]))
@@ -178,29 +179,14 @@ def _make_sparse(parts: Mapping[str, Any]) -> Tensor:
     )
 
 
-def _known(name: Any, table: Collection[str]) -> str:
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"unknown name {str(name)[:80]!r}")
-    return name
-
-
-_MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "torch.quantized": _make_quantized,
     "torch.sparse": _make_sparse,
     "torch.size": lambda parts: torch.Size(parts["sizes"]),
-    "torch.device": lambda parts: torch.device(_known(parts["type"], _DEVICES), parts["index"]),
-    "torch.constant": lambda parts: _CONSTANTS[_known(parts["name"], _CONSTANTS)],
+    "torch.device": lambda parts: torch.device(known(parts["type"], _DEVICES), parts["index"]),
+    "torch.constant": lambda parts: _CONSTANTS[known(parts["name"], _CONSTANTS)],
 }
-
-
-def compose(composite: Composite) -> Any:
-    maker = _MAKERS.get(composite.kind)
-    if maker is None:
-        raise Damaged(f"unknown composite {composite.kind!r}", do="was it written by a newer everystep?")
-    try:
-        return maker(composite.parts)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise Damaged(f"the parts of a {composite.kind} do not fit together: {error}") from error
+MISFITS = (*composites.MISFITS, RuntimeError)
 
 
 def build(leaf: Leaf, data: Array) -> Tensor:

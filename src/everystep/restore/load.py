@@ -290,7 +290,7 @@ def _build(tree: Tree, data: dict[str, np.ndarray[Any, Any]], like: str, types: 
     def compose(composite: Composite) -> Any:
         if like in ("numpy", KEPT):
             return composite.parts if like == "numpy" else composite
-        return adapters.adapter_for_kind(composite.kind).compose(composite)
+        return adapters.compose(composite)
 
     return unflatten(tree, leaf, compose, types)
 
