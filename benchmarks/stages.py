@@ -4,13 +4,12 @@ python -m benchmarks.stages [--first 14] [--rounds 7] [--json]
 
 The state is that of the gpt sequence, weights and both averages, in chunks as a save cuts them, with the checkpoint
 before as the base. Each stage does for all chunks what a save or a load does for them, and nothing else; so the sum is
-the work, without threads that wait for each other. Writing goes to the page cache; what the disk then takes is no
-work of ours.
+the work, without threads that wait for each other. Writing and reading are those of a local folder; the time
+in which a thread waits for the disk is no work of ours.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,9 @@ from benchmarks.sequences import Array
 from benchmarks.timing import Samples
 from everystep import codecs
 from everystep.codecs import delta, packed, planes
+from everystep.seam import REAL
 from everystep.settings import DEFAULT
+from everystep.storage import LocalStorage
 
 ROLES = ("weights", "exp_avg", "exp_avg_sq")
 COPY = "memcpy"
@@ -72,7 +73,7 @@ def jobs(first: int) -> list[Job]:
     return found
 
 
-def stages(work: Sequence[Job], path: str) -> dict[str, Callable[[], None]]:
+def stages(work: Sequence[Job], storage: LocalStorage) -> dict[str, Callable[[], None]]:
     leaning = [job for job in work if job.codec in codecs.LEANING]
     alone = [job for job in work if job.codec == codecs.PLANES]
 
@@ -83,15 +84,17 @@ def stages(work: Sequence[Job], path: str) -> dict[str, Callable[[], None]]:
 
         return all_of_them
 
+    keys: list[str] = []
+
     def write() -> None:
-        with open(path, "wb", buffering=0) as file:
-            for job in work:
-                file.write(job.stored)
+        keys.append(f"stored/{len(keys)}")
+        storage.put(keys[-1], (job.stored for job in work))
 
     def read() -> None:
-        with open(path, "rb", buffering=0) as file:
-            for job in work:
-                file.read(len(job.stored))
+        at = 0
+        for job in work:
+            storage.get(keys[-1], at, at + len(job.stored))
+            at += len(job.stored)
 
     return {
         COPY: each(work, lambda job: np.copyto(job.out, job.data)),
@@ -122,7 +125,7 @@ def measure(call: Callable[[], None]) -> Callable[[], dict[str, float]]:
 def run(first: int, rounds: int, folder: str | None) -> dict[str, Any]:
     work = jobs(first)
     with timing.scratch(folder) as place:
-        calls = stages(work, os.path.join(place, "stored"))
+        calls = stages(work, LocalStorage(place, REAL))
         calls["write"]()
         found = timing.alternate({name: measure(call) for name, call in calls.items()}, rounds=rounds)
     values = {name: found.values[name]["seconds"] for name in found.values}

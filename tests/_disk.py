@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from everystep.seam import Files
 
 ROOT = 0
+SECTOR = 512
+"""What a direct write is made of, by its place in the file, its length and its address."""
 Op = tuple[Any, ...]
 
 
@@ -22,7 +26,7 @@ def _error(number: int, path: str) -> OSError:
 @dataclass
 class _Handle:
     inode: int
-    at: int = 0
+    direct: bool = False
 
 
 @dataclass
@@ -85,7 +89,11 @@ class Disk(Files):
         return self._open(self._find(path))
 
     def write(self, fd: int, data: memoryview) -> int:
-        self._do("write", self._handles[fd].inode, bytes(data))
+        handle = self._handles[fd]
+        at, address = len(self.tree.data.get(handle.inode, b"")), np.frombuffer(data, np.uint8).ctypes.data
+        if handle.direct and (at % SECTOR or len(data) % SECTOR or address % SECTOR):
+            raise _error(errno.EINVAL, "")
+        self._do("write", handle.inode, bytes(data))
         return len(data)
 
     def read(self, fd: int, into: memoryview, offset: int) -> int:
@@ -95,6 +103,10 @@ class Disk(Files):
         piece = self.tree.data.get(inode, b"")[offset : offset + len(into)]
         into[: len(piece)] = piece
         return len(piece)
+
+    def set_direct(self, fd: int, on: bool) -> bool:
+        self._handles[fd].direct = on
+        return True
 
     def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
         """Nothing is more durable for it."""

@@ -295,6 +295,9 @@ class FaultyFiles(Files):
     def absolute(self, path: str) -> str:
         return self.inner.absolute(path)
 
+    def set_direct(self, fd: int, on: bool) -> bool:
+        return self.inner.set_direct(fd, on)
+
     def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
         self.inner.begin_sync(fd, start, nbytes)
 
@@ -416,6 +419,9 @@ class Short(Files):
 
     def is_folder(self, path: str) -> bool:
         return self.inner.is_folder(path)
+
+    def set_direct(self, fd: int, on: bool) -> bool:
+        return self.inner.set_direct(fd, on)
 
     def write(self, fd: int, data: memoryview) -> int:
         self.calls += 1

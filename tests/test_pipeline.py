@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -202,6 +204,9 @@ def test_the_disk_begins_before_a_file_is_whole() -> None:
             super().__init__()
             self.calls: list[tuple[str, int, int]] = []
 
+        def set_direct(self, fd: int, on: bool) -> bool:
+            return False
+
         def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
             self.calls.append(("begin", start, nbytes))
 
@@ -228,6 +233,74 @@ def test_the_system_takes_the_call_that_begins_a_sync(tmp_path: Path) -> None:
     finally:
         files.close(fd)
     assert (tmp_path / "f").read_bytes() == b"12345"
+
+
+class Direct(Disk):
+    """Notes what is written in which way; `takes` says how much of a write the file takes."""
+
+    def __init__(self, takes: Callable[[bool, memoryview], int] = lambda direct, data: len(data)) -> None:
+        super().__init__()
+        self.takes, self.calls = takes, list[tuple[bool, int]]()
+
+    def write(self, fd: int, data: memoryview) -> int:
+        direct = self._handles[fd].direct
+        taken = super().write(fd, data[: self.takes(direct, data)])
+        self.calls.append((direct, taken))
+        return taken
+
+
+def put_pieces(disk: Disk, nbytes: int, pieces: int) -> None:
+    body = np.random.default_rng(0).integers(0, 256, nbytes, dtype=np.uint8)
+    storage = LocalStorage("/runs", QuickSeam(disk))
+    for key in ("a/b", "a/c"):  # the second in memory that the first has left
+        storage.put(key, iter(np.array_split(body, pieces)))
+        assert bytes(storage.get(key)) == body.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "blocks", "rest"), [(0, 0, 0), (1000, 0, 1000), (4 << 20, 1, 0), (9_000_001, 2, 611_393)]
+)
+def test_whole_blocks_go_to_the_disk_directly(nbytes: int, blocks: int, rest: int) -> None:
+    for pieces in (1, 7):
+        disk = Direct()
+        put_pieces(disk, nbytes, pieces)
+        assert disk.calls == 2 * ([(True, 4 << 20)] * blocks + [(False, rest)] * bool(rest))
+
+
+def test_a_direct_write_that_takes_a_part_is_gone_on_with() -> None:
+    """In whole sectors it stays direct; elsewhere, the rest of the file goes the usual way."""
+    disk = Direct(lambda direct, data: min(len(data), 1 << 20))
+    put_pieces(disk, 9_000_001, 3)
+    assert [direct for direct, _ in disk.calls] == 2 * ([True] * 8 + [False])
+    disk = Direct(lambda direct, data: len(data) - 512 if direct else min(len(data), 100_000))
+    put_pieces(disk, 9_000_001, 3)
+    assert [direct for direct, _ in disk.calls] == 2 * ([True] + [False] * (1 + 42 + 7))
+
+
+def test_a_file_system_that_takes_no_direct_write_when_it_comes() -> None:
+    def refuses(direct: bool, data: memoryview) -> int:
+        if direct:
+            raise OSError(errno.EINVAL, "no")
+        return len(data)
+
+    disk = Direct(refuses)
+    put_pieces(disk, 9_000_001, 3)
+    assert disk.calls == 2 * [(False, 4 << 20), (False, 4 << 20), (False, 611_393)]
+
+
+def test_direct_writes_to_a_real_file(tmp_path: Path) -> None:
+    """Whichever way its file system takes them."""
+    body = np.random.default_rng(0).integers(0, 256, 9_000_001, dtype=np.uint8)
+    storage = LocalStorage(str(tmp_path), REAL)
+    storage.put("a", iter(np.array_split(body, 5)))
+    assert (tmp_path / "a").read_bytes() == body.tobytes() == bytes(storage.get("a"))
+    fd = REAL.files.create(str(tmp_path / "b"))
+    try:
+        if REAL.files.set_direct(fd, True):
+            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT and REAL.files.set_direct(fd, False)
+        assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    finally:
+        REAL.files.close(fd)
 
 
 # memory --------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Generic, TypeVar, cast
 
+if sys.platform != "win32":
+    import fcntl
+
 T = TypeVar("T")
 R = TypeVar("R")
 SYNC_FILE_RANGE_WRITE = 2
@@ -39,6 +42,17 @@ class Files:
 
     def read(self, fd: int, into: memoryview, offset: int) -> int:
         return os.preadv(fd, [into], offset)
+
+    def set_direct(self, fd: int, on: bool) -> bool:
+        """Has whole blocks go from this process's memory to the disk, or no longer; False where nothing changed."""
+        if not hasattr(os, "O_DIRECT"):
+            return False
+        try:
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+        except OSError:  # not on this file system
+            return False
+        return True
 
     def begin_sync(self, fd: int, start: int, nbytes: int) -> None:
         """Has the system begin to write these bytes to the disk, where it can be asked to. Whether they got there is
