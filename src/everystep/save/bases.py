@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from blake3 import blake3
 
@@ -21,6 +22,8 @@ Read = Callable[[Spot, int], Array]
 RATES = 4
 # Less than that says how long a request takes.
 RATE_BYTES_MIN = 8 << 20
+SMALL_LINK = 8
+"""A link that takes less than this part of the state is a small one."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ class Bases:
         """Nothing to lean on: the next save stands alone."""
         self._base: Base | None = None
         self._first: Base | None = None
-        self._since = 0
-        self._chains = 0
+        self._since = Fraction(0)
+        self._chains = Fraction(0)
 
     @property
     def held(self) -> Array | None:
@@ -123,16 +126,25 @@ class Bases:
         slow = bool(self._rates) and max(self._rates) < self._settings.slow_bytes_per_second
         return min(self._settings.base_depth_max, self._settings.base_depth_slow if slow else 60)
 
+    def _length(self, snapshot: Snapshot, spots: list[Spot], offered: Base) -> Fraction:
+        """By how much a checkpoint made its chain longer: small links by less, so that more make up the longest."""
+        layout, roles = snapshot.layout, self.leaning.ratios
+        raw = sum(stream.nbytes for stream in layout.streams if stream.role in roles)
+        linked = sum(spot.length for spot, old in zip(spots, offered.spots) if spot.base is not None and spot != old)
+        small = max(self._settings.base_depth_small, 1)
+        return min(Fraction(1), Fraction(self._depth_max(), small)) if linked * SMALL_LINK < raw else Fraction(1)
+
     def take(self, snapshot: Snapshot, spots: list[Spot], offered: Base | None) -> None:
         """A checkpoint has become durable: is it what the next leans on?"""
         leans = self.leaning.ratios and self._settings.base_depth_max
         if not leans or snapshot.in_place or not self._memory.has_room_for_base():
             self.forget()
             return
+        length = Fraction(1) if offered is None or self.leaning.anchored else self._length(snapshot, spots, offered)
         starts = offered is None or (offered is self._first and offered is not self._base)
         if starts:
-            self._chains = 0 if offered is None else self._chains + 1
+            self._chains = Fraction(0) if offered is None else self._chains + length
             self._first = Base(Form.of(snapshot), spots, self._read)
-        self._since = 0 if starts else self._since + 1
+        self._since = Fraction(0) if starts else self._since + length
         if starts or not self.leaning.anchored:
             self._base = Base(Form.of(snapshot), spots, None, snapshot)

@@ -251,7 +251,11 @@ class PartWriter:
         stream = snapshot.layout.streams[snapshot.layout.chunks[index].stream]
         ratio = self._leaning.ratios.get(stream.role)
         s = self._settings
-        found = self._base.chunk(index, s.base_depth_max) if self._base is not None and ratio is not None else None
+        found = (
+            self._base.chunk(index, max(s.base_depth_max, s.base_depth_small))
+            if self._base is not None and ratio is not None
+            else None
+        )
         base, old = found if found is not None else (None, None)
         codec, pieces = codecs.encode(
             data, stream.dtype, s.zstd_level, s.sample_bytes, s.worth_ratio, old, ratio or 0.0
