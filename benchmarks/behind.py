@@ -57,7 +57,7 @@ def measure(rate: float, rounds: int, asked: str | None, folder: str | None) -> 
         try:
             measured = {name: saving(contestant, work) for name, contestant in contestants.items()}
             samples = timing.alternate(measured, rounds=rounds, before=work.next)
-            check(contestants, samples)
+            check(contestants, samples, rounds, work.shown)
             ours = [c for c in contestants.values() if issubclass(c.peer, Everystep) and c.name not in samples.failed]
             while work.shown < POSITIONS:
                 work.next()
