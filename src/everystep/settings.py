@@ -43,6 +43,9 @@ class Settings:
     base_depth_slow: int = 1
     """The same where the store is slow: there a restore takes as long as its bytes do."""
 
+    base_ratio_slow: float = 0.3
+    """As `base_ratio`, where the store is slow."""
+
     slow_bytes_per_second: int = 200_000_000
     """A store that never took more in the last saves is slow."""
 
@@ -97,7 +100,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "chunk_bytes_max": (4096, 1 << 30), "small_leaf_bytes": (0, 1 << 62), "pack_bytes_max": (1, 1 << 40),
     "zstd_level": (1, 22), "sample_bytes": (0, 1 << 30), "worth_ratio": (0, 1),
     "base_ratio": (0, 1), "base_depth_max": (0, 60), "base_depth_small": (0, 60), "base_depth_slow": (0, 60),
-    "slow_bytes_per_second": (0, float("inf")), "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
+    "base_ratio_slow": (0, 1), "slow_bytes_per_second": (0, float("inf")), "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
     "memory_bytes_max": (0, 1 << 62), "undo_seconds": (0, float("inf")), "workers": (1, 1024),
     "readers": (0, 1024),
     "background_nice": (0, 19), "frozen_check_every": (1, 1 << 30),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from blake3 import blake3
@@ -87,10 +87,23 @@ class Bases:
     """What the next save leans on."""
 
     def __init__(self, leaning: Leaning, settings: Settings, memory: Memory, read: Read) -> None:
-        self.leaning = leaning
+        self._leaning = leaning
         self._settings, self._memory, self._read = settings, memory, read
         self._rates: deque[float] = deque(maxlen=RATES)
         self.forget()
+
+    @property
+    def leaning(self) -> Leaning:
+        """Which chunks of the next save may lean. Behind a slow link a load takes as long as its bytes, which a base
+        adds to: there only what saves most of a chunk is worth one."""
+        if not self._is_slow:
+            return self._leaning
+        most = self._settings.base_ratio_slow
+        return replace(self._leaning, ratios={role: min(ratio, most) for role, ratio in self._leaning.ratios.items()})
+
+    @property
+    def _is_slow(self) -> bool:
+        return bool(self._rates) and max(self._rates) < self._settings.slow_bytes_per_second
 
     def forget(self) -> None:
         """Nothing to lean on: the next save stands alone."""
@@ -109,7 +122,7 @@ class Bases:
         """What a save may lean on; None where it must stand alone."""
         if self._base is None or self._base.form != Form.of(snapshot):
             return None
-        if self.leaning.anchored:
+        if self._leaning.anchored:
             return self._base if self._since + 1 < self._settings.anchor_every else None
         depth_max = self._depth_max()
         if self._chains + self._since < depth_max:
@@ -122,13 +135,11 @@ class Bases:
             self._rates.append(nbytes / max(seconds, 1e-9))
 
     def _depth_max(self) -> int:
-        """Behind a slow link a restore takes as long as its bytes, and each base adds half a state of them."""
-        slow = bool(self._rates) and max(self._rates) < self._settings.slow_bytes_per_second
-        return min(self._settings.base_depth_max, self._settings.base_depth_slow if slow else 60)
+        return min(self._settings.base_depth_max, self._settings.base_depth_slow if self._is_slow else 60)
 
     def _length(self, snapshot: Snapshot, spots: list[Spot], offered: Base) -> Fraction:
         """By how much a checkpoint made its chain longer: small links by less, so that more make up the longest."""
-        layout, roles = snapshot.layout, self.leaning.ratios
+        layout, roles = snapshot.layout, self._leaning.ratios
         raw = sum(stream.nbytes for stream in layout.streams if stream.role in roles)
         linked = sum(spot.length for spot, old in zip(spots, offered.spots) if spot.base is not None and spot != old)
         small = max(self._settings.base_depth_small, 1)
@@ -136,15 +147,15 @@ class Bases:
 
     def take(self, snapshot: Snapshot, spots: list[Spot], offered: Base | None) -> None:
         """A checkpoint has become durable: is it what the next leans on?"""
-        leans = self.leaning.ratios and self._settings.base_depth_max
+        leans = self._leaning.ratios and self._settings.base_depth_max
         if not leans or snapshot.in_place or not self._memory.has_room_for_base():
             self.forget()
             return
-        length = Fraction(1) if offered is None or self.leaning.anchored else self._length(snapshot, spots, offered)
+        length = Fraction(1) if offered is None or self._leaning.anchored else self._length(snapshot, spots, offered)
         starts = offered is None or (offered is self._first and offered is not self._base)
         if starts:
             self._chains = Fraction(0) if offered is None else self._chains + length
             self._first = Base(Form.of(snapshot), spots, self._read)
         self._since = Fraction(0) if starts else self._since + length
-        if starts or not self.leaning.anchored:
+        if starts or not self._leaning.anchored:
             self._base = Base(Form.of(snapshot), spots, None, snapshot)
