@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ LINES = ("-", "--", "-.", ":")
 SIZE, DPI = (8.0, 4.6), 130
 MARGINS = {"left": 0.09, "right": 0.97, "bottom": 0.12, "top": 0.92}
 NAMES_A_LINE = 3
+PLACES = sorted(((x, y) for x in range(10, 131, 30) for y in range(-120, 121, 3)), key=lambda at: math.hypot(*at))
+"""Where a name may stand from its point, the nearest first."""
 Results = dict[str, dict[str, Any]]
 Bar = tuple[float, float, float]
 """x, and from where to where"""
@@ -52,7 +55,7 @@ def colour(name: str) -> str:
 
 
 def name_points(axes: Axes, points: Sequence[tuple[str, float, float]], bars: Sequence[Bar] = ()) -> None:
-    """Names to the right of points, moved up or down until none covers another, a point or a bar."""
+    """Names to the right of points, moved away until none covers another, a point or a bar."""
     renderer = axes.figure.canvas.get_renderer()
     place = axes.transData.transform
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in (place(point[1:]) for point in points)]
@@ -65,8 +68,8 @@ def name_points(axes: Axes, points: Sequence[tuple[str, float, float]], bars: Se
             name, (x, y), xytext=(10, 0), textcoords="offset points", fontsize=8, va="center", annotation_clip=False,
             color=colour(name), arrowprops=arrow,
         )  # fmt: skip
-        for offset in sorted(range(-120, 121, 3), key=abs):
-            label.set_position((10, offset))
+        for across, offset in PLACES:
+            label.set_position((across, offset))
             label.update_positions(renderer)
             box = Text.get_window_extent(label, renderer)
             inside = axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
