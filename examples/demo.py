@@ -1,6 +1,7 @@
 """Kill a training run again and again, start it again each time, and compare its end with a run that nobody killed.
 
 python examples/demo.py --out demo-out
+python examples/demo.py --out demo-out --repo s3://bucket/prefix
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 import everystep
+from everystep.seam import REAL
+from everystep.storage import open_storage
 
 TRAINER = Path(__file__).parent / "gpt.py"
 STRAIGHT, KILLED = "straight", "killed"
@@ -42,8 +45,8 @@ class Life:
 class Trainer:
     """The training script as a process of its own; what it prints is what the parent knows of it."""
 
-    def __init__(self, repo: Path, run: str, options: list[str], progress: Progress, bar: Any) -> None:
-        command = [sys.executable, str(TRAINER), "--repo", str(repo), "--run", run, *options]
+    def __init__(self, repo: str, run: str, options: list[str], progress: Progress, bar: Any) -> None:
+        command = [sys.executable, str(TRAINER), "--repo", repo, "--run", run, *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self.life, self._progress, self._bar = Life(), progress, bar
 
@@ -79,32 +82,40 @@ def kill_at_random(trainer: Trainer, after: int, chance: random.Random) -> Life:
     return trainer.finish()
 
 
-def kill_in_save(trainer: Trainer, after: int, folder: Path) -> Life:
+def kill_in_save(trainer: Trainer, after: int, repo: str) -> Life:
     """SIGKILL between the first byte of a save and its commit: a pack is there that no record names yet."""
     for step in trainer.steps():
         if step >= after:
             break
     while trainer.process.poll() is None:
-        records, packs = count(folder / "log"), count(folder / "packs")
-        while trainer.process.poll() is None and count(folder / "packs") == packs:
+        records, packs = count(repo, "log"), count(repo, "packs")
+        while trainer.process.poll() is None and count(repo, "packs") == packs:
             time.sleep(0.0005)
         life = trainer.kill("in the middle of a save")
-        if count(folder / "log") == records:
+        if count(repo, "log") == records:
             return life
         life.killed = "just after a save"
         return life
     return trainer.finish()
 
 
-def count(folder: Path) -> int:
-    """Files in a folder and below, unfinished ones too."""
+def count(repo: str, part: str) -> int:
+    """Files of the killed run in a folder, unfinished ones too; in a store those that have arrived."""
+    if "://" in repo:
+        return sum(1 for _ in open_storage(repo, REAL).list(f"runs/{KILLED}/{part}/"))
+    folder = Path(repo) / "runs" / KILLED / part
     return sum(1 for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def train_and_kill(repo: Path, total: int, options: list[str], seed: int) -> list[Life]:
+def new_prefix(url: str) -> str:
+    """A place below a URL that no demo has used."""
+    path, mark, options = url.partition("?")
+    return f"{path.rstrip('/')}/demo-{REAL.token(4)}{mark}{options}"
+
+
+def train_and_kill(repo: str, total: int, options: list[str], seed: int) -> list[Life]:
     """The run that dies: at random moments, and in the middle of a save; started again each time."""
     chance = random.Random(seed)
-    folder = repo / "runs" / KILLED
     lives: list[Life] = []
     quarter = total // 5
     with bars() as progress:
@@ -117,7 +128,7 @@ def train_and_kill(repo: Path, total: int, options: list[str], seed: int) -> lis
             if random_kills < 3:
                 lives.append(kill_at_random(trainer, after, chance))
             elif not any("middle" in (life.killed or "") for life in lives):
-                lives.append(kill_in_save(trainer, after, folder))
+                lives.append(kill_in_save(trainer, after, repo))
             else:
                 lives.append(trainer.finish())
                 return lives
@@ -125,7 +136,7 @@ def train_and_kill(repo: Path, total: int, options: list[str], seed: int) -> lis
             progress.console.print(f"  SIGKILL {lives[-1].killed}; started again")
 
 
-def train_straight(repo: Path, total: int, options: list[str]) -> Life:
+def train_straight(repo: str, total: int, options: list[str]) -> Life:
     with bars() as progress:
         bar = progress.add_task("a run that nobody kills", total=total, note="")
         return Trainer(repo, STRAIGHT, options, progress, bar).finish()
@@ -251,6 +262,7 @@ def run_cli(*arguments: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
+    parser.add_argument("--repo", help="a URL for the repository instead, as s3://bucket/prefix")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batches", type=int, default=120)
     parser.add_argument("--seed", type=int, default=None, help="of the moments of the kills; another each time")
@@ -261,17 +273,16 @@ def main() -> None:
     options = ["--epochs", str(args.epochs), "--batches", str(args.batches)]
     total = args.epochs * args.batches
 
-    straight = train_straight(args.out / "runs", total, options)
-    lives = train_and_kill(args.out / "runs", total, options, seed)
-    repo = everystep.open(str(args.out / "runs"))
+    place = new_prefix(args.repo) if args.repo else str(args.out / "runs")
+    straight = train_straight(place, total, options)
+    lives = train_and_kill(place, total, options, seed)
+    repo = everystep.open(place)
     leaves = compare(repo)
     console.print(report(repo, leaves, lives, args.out / "same.pth"))
-    run_cli("-r", str(args.out / "runs"), "log", KILLED, "-n", "8")
-    run_cli("-r", str(args.out / "runs"), "fsck")
+    run_cli("-r", place, "log", KILLED, "-n", "8")
+    run_cli("-r", place, "fsck")
     plot(args.out / "loss.png", straight, lives, [checkpoint.step for checkpoint in repo[KILLED].checkpoints()])
-    console.print(
-        f"\nThe moments of the kills: --seed {seed}. The repository is {args.out}/runs, the plot {args.out}/loss.png"
-    )
+    console.print(f"\nThe moments of the kills: --seed {seed}. The repository is {place}, the plot {args.out}/loss.png")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ def page() -> str:
     """The page as it should be."""
     group = get_command(app)
     assert isinstance(group, TyperGroup)
-    helps = [_help(), *(_help(verb) for verb in group.commands)]
+    helps = [_help()]
+    for name, verb in group.commands.items():
+        helps += [_help(name), *(_help(name, inner) for inner in getattr(verb, "commands", ()))]
     return "\n".join([INTRODUCTION, *helps, _exit_codes()])
 
 

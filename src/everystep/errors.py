@@ -114,10 +114,22 @@ class StorageFull(StorageError):
     kind, exit_code = "full", 13
 
 
+class Unreachable(StorageError):
+    """The place did not answer, or was too busy, for as long as it was asked."""
+
+    kind = "unreachable"
+
+
 class ReadOnly(StorageError):
     """The place does not let this process write."""
 
     kind, exit_code = "read-only", 14
+
+
+class UnsafeStore(StorageError):
+    """Several writers on a store that does not keep them apart."""
+
+    kind = "unsafe-store"
 
 
 class RehearsalFailed(Error):

@@ -195,8 +195,9 @@ class Task(Generic[R]):
             self._error = error
         self._done.set()
 
-    def settle(self) -> None:
-        self._done.wait()
+    def settle(self, seconds: float | None = None) -> bool:
+        """Whether it has ended, after at most so many seconds."""
+        return self._done.wait(seconds)
 
     def result(self) -> R:
         self._done.wait()

@@ -67,7 +67,8 @@ class Settings:
     """Threads that encode and decode. On CPU-only training they contend with the training itself."""
 
     readers: int = 0
-    """Threads that only read, ahead of those that decode; 0: each of these reads what it decodes."""
+    """Threads that only read, ahead of those that decode; 0: as many as the place can use, which on a disk is none:
+    there each of those that decode reads for itself."""
 
     background_nice: int = 10
     """How far the threads that encode and write step back behind those that train."""
@@ -81,14 +82,38 @@ class Settings:
     retry_seconds: float = 0.05
     """First pause between attempts; doubled each time."""
 
+    uploads: int = 8
+    """Packs on their way to a store at once; each is held until it has arrived. On a disk it is always one."""
+
+    request_seconds: float = 30.0
+    """How long a store may be silent in a request that reads, or creates a record."""
+
+    upload_seconds: float = 300.0
+    """How long one upload of a pack may take in all."""
+
+    outage_seconds: float = 120.0
+    """For how long a request that a store does not answer is made again."""
+
     takeover_seconds: float = 600.0
     """How long an owner that may be alive is waited for before its run is taken over."""
 
     rank_deadline_seconds: float = 600.0
     """How long the coordinator waits for the receipts of all ranks before it abandons a save."""
 
+    behind_seconds: float = 600.0
+    """How long `close` waits until all checkpoints are in the place behind, where there is one."""
+
     poll_seconds: float = 0.2
-    """Pause between two looks at the log or at receipts while waiting for somebody else."""
+    """Shortest pause between two looks at the log or at receipts while waiting for somebody else; it grows to a tenth
+    of what was waited already."""
+
+    polls_per_second: float = 500.0
+    """How often all ranks together look at the log while they wait for a commit: a tenth of what one prefix of S3
+    answers."""
+
+    volume_records: int = 100
+    """Records of a log that one more object holds together, so that a long log is read in few requests; then ten times
+    and a hundred times as many. 0: none are written."""
 
     series_steps_max: int = 100_000
     """Metrics of this many steps are held in memory between two saves; older ones are dropped with a warning."""
@@ -105,7 +130,10 @@ LIMITS: dict[str, tuple[float, float]] = {
     "memory_bytes_max": (0, 1 << 62), "undo_seconds": (0, float("inf")), "workers": (1, 1024),
     "readers": (0, 1024),
     "background_nice": (0, 19), "frozen_check_every": (1, 1 << 30),
-    "put_attempts": (1, 1000), "retry_seconds": (0, 3600), "takeover_seconds": (0, float("inf")),
-    "rank_deadline_seconds": (0, float("inf")), "poll_seconds": (0, 3600), "series_steps_max": (1, 1 << 40),
+    "put_attempts": (1, 1000), "retry_seconds": (0, 3600),
+    "uploads": (1, 1024), "request_seconds": (0.01, 86400), "upload_seconds": (0.01, 86400),
+    "outage_seconds": (0, float("inf")), "takeover_seconds": (0, float("inf")),
+    "rank_deadline_seconds": (0, float("inf")), "behind_seconds": (0, float("inf")), "poll_seconds": (0, 3600),
+    "polls_per_second": (1e-3, 1e9), "volume_records": (0, 10_000), "series_steps_max": (1, 1 << 40),
 }  # fmt: skip
 """Least and most of each. Outside of them a save would not end, or could not be read again."""

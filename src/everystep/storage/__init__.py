@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from everystep.errors import UsageError
 from everystep.seam import Seam
+from everystep.settings import DEFAULT, Settings
 from everystep.storage.local import LocalStorage
 from everystep.storage.memory import MemoryStorage
 from everystep.storage.stat import Stat
@@ -17,6 +18,8 @@ class Storage(Protocol):
     """A place. Keys are relative, with '/' between parts; no part is empty, '.' or '..'."""
 
     url: str
+    fan_out: int
+    """Requests that are worth having in flight at once: 1 where the place answers without delay."""
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
         """Bytes [start, stop) of an object. Raises ObjectMissing; Damaged where the object ends before `stop`."""
@@ -29,8 +32,9 @@ class Storage(Protocol):
         """Creates an object, durably and whole. Raises AlreadyExists if the key is taken, UnknownOutcome if the
         acknowledgement was lost: then the object may or may not be there."""
 
-    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
-        """Keys below a folder ('' or ending in '/'), sorted; with deep=False its entries, folders ending in '/'."""
+    def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
+        """Keys below a folder ('' or ending in '/'), sorted; with deep=False its entries, folders ending in '/'. Given
+        a key in `after`, only what comes behind it; of folders those that hold such a key."""
 
     def delete(self, key: str) -> None:
         """Removes an object; no error if it is not there."""
@@ -39,11 +43,37 @@ class Storage(Protocol):
         """An object's length, and when the store created it. Raises ObjectMissing."""
 
 
-_KINDS: dict[str, Callable[[str, Seam], Any]] = {"file": LocalStorage, "memory": MemoryStorage.shared}
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)")
+def _cloud(scheme: str) -> Callable[[str, Seam, Settings], Any]:
+    def connect(rest: str, seam: Seam, settings: Settings) -> Any:
+        from everystep.storage.cloud import CloudStorage
+        from everystep.storage.retrying import RetryingStorage
+
+        return RetryingStorage(CloudStorage.open(scheme, rest, seam, settings), seam, settings)
+
+    return connect
 
 
-def open_storage(place: str, seam: Seam) -> Any:
+def _hdfs(rest: str, seam: Seam, settings: Settings) -> Any:
+    from everystep.storage.hdfs import HdfsStorage
+    from everystep.storage.retrying import RetryingStorage
+
+    return RetryingStorage(HdfsStorage.open(rest, seam, settings), seam, settings)
+
+
+_KINDS: dict[str, Callable[[str, Seam, Settings], Any]] = {
+    "file": lambda rest, seam, settings: LocalStorage(rest, seam),
+    "memory": lambda rest, seam, settings: MemoryStorage.shared(rest, seam),
+    "s3": _cloud("s3"),
+    "gs": _cloud("gs"),
+    "az": _cloud("az"),
+    "hdfs": _hdfs,
+}
+_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_SECRET = re.compile(r"^.*@|[?#].*$", re.DOTALL)
+"""Where a URL may hold a credential: before the host, and behind the path."""
+
+
+def open_storage(place: str, seam: Seam, settings: Settings = DEFAULT) -> Any:
     """The storage for a folder or URL.
 
     Raises:
@@ -61,9 +91,11 @@ def open_storage(place: str, seam: Seam) -> Any:
     scheme, rest = match.groups()
     if scheme not in _KINDS:
         raise UsageError(
-            f"no storage for {scheme}://", where=place, do=f"give a folder, or a URL of {', '.join(sorted(_KINDS))}"
+            f"no storage for {scheme}://",
+            where=f"{scheme}://{_SECRET.sub('', rest)}",
+            do=f"give a folder, or a URL of {', '.join(sorted(_KINDS))}",
         )
-    return _KINDS[scheme](rest, seam)
+    return _KINDS[scheme](rest, seam, settings)
 
 
 __all__ = ["LocalStorage", "MemoryStorage", "Stat", "Storage", "open_storage"]

@@ -28,7 +28,7 @@ class FaultyStorage:
         applied: bool = False,
         verbs: tuple[str, ...] = ("get", "put", "put_new", "list", "delete", "stat"),
     ) -> None:
-        self.inner, self.url = inner, inner.url
+        self.inner, self.url, self.fan_out = inner, inner.url, inner.fan_out
         self.fail_at, self.error, self.for_ever, self.applied, self.verbs = fail_at, error, for_ever, applied, verbs
         self.calls: list[tuple[str, str]] = []
 
@@ -54,8 +54,8 @@ class FaultyStorage:
     def put_new(self, key: str, data: bytes) -> None:
         self._call("put_new", key, lambda: self.inner.put_new(key, data))
 
-    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
-        return iter(self._call("list", prefix, lambda: list(self.inner.list(prefix, deep))))
+    def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
+        return iter(self._call("list", prefix, lambda: list(self.inner.list(prefix, deep, after))))
 
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda: self.inner.delete(key))

@@ -18,6 +18,7 @@ TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)  # there the file system itself keeps its folders in order
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # of `link`: exFAT, SMB, many kinds of FUSE
 _PIECE = 8 << 20
 _AHEAD = 4 << 20
 
@@ -29,6 +30,8 @@ class LocalStorage:
     that this process has not synced yet, whoever made it. A file whose fsync failed is never synced again: the next
     attempt is a new file.
     """
+
+    fan_out = 1
 
     def __init__(self, folder: str, seam: Seam) -> None:
         self._files = seam.files
@@ -81,23 +84,34 @@ class LocalStorage:
             except FileExistsError:
                 self._sync_folder(_parent(path))  # what is there may be our own, or not durable yet
                 raise AlreadyExists("the file is there already", where=path) from None
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                raise StorageError(
+                    "the file system has no hard links, which a create-only put is made of",
+                    where=path,
+                    do="take another file system; one process alone may write here, after a warning",
+                ) from error
             finally:
                 self._discard(temporary)
             self._sync_folder(_parent(path))
 
-    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+    def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
         with self._errors(prefix, "read"):
             try:
-                found = sorted(self._files.names(self._path(prefix.rstrip("/"))))
+                found = sorted(
+                    self._files.names(self._path(prefix.rstrip("/"))), key=lambda entry: entry[0] + "/" * entry[1]
+                )
             except (FileNotFoundError, NotADirectoryError):
                 return
         for name, is_folder in found:
             if name.startswith(TEMPORARY):
                 continue
+            entry = f"{prefix}{name}/" if is_folder else f"{prefix}{name}"
             if is_folder and deep:
-                yield from self.list(f"{prefix}{name}/")
-            else:
-                yield f"{prefix}{name}/" if is_folder else f"{prefix}{name}"
+                yield from self.list(entry, after=after)
+            elif entry > after:
+                yield entry
 
     def delete(self, key: str) -> None:
         with self._errors(key):

@@ -15,6 +15,8 @@ _PLACES: dict[str, MemoryStorage] = {}
 class MemoryStorage:
     """Objects in a dict. `memory://name` names the same place for everybody in this process."""
 
+    fan_out = 1
+
     def __init__(self, name: str = "", seam: Seam | None = None) -> None:
         self.url = f"memory://{name}"
         self.objects: dict[str, bytes] = {}
@@ -43,9 +45,9 @@ class MemoryStorage:
                 raise AlreadyExists("the key is taken", where=f"{self.url}/{key}")
             self.objects[key], self._times[key] = bytes(data), self._now()
 
-    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
+    def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
         with self._lock:
-            keys = sorted(key for key in self.objects if key.startswith(prefix))
+            keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
         if not deep:
             heads = {key[len(prefix) :].partition("/") for key in keys}
             keys = sorted({prefix + head + slash for head, slash, _ in heads})

@@ -9,8 +9,11 @@ from urllib.parse import unquote
 from everystep.errors import UsageError
 
 FORMAT_KEY = "format.json"
+PLACE_KEY = "place.json"
+MIRROR_KEY = "mirror.json"
 _PLAIN = re.compile(r"[A-Za-z0-9_-]")
 _SLOT = re.compile(r"[0-9]{20}")
+_SPAN = re.compile(r"([0-9]{20})-([1-9][0-9]{0,6})")
 _NAME_BYTES_MAX = 180
 SLOTS_MAX = 10**15
 """More records than any run will have; a file with a higher number is not one."""
@@ -25,6 +28,22 @@ class PackName(NamedTuple):
 
     writer: str
     number: int
+
+
+class Span(NamedTuple):
+    """Records `first` … `first + length - 1` of a log."""
+
+    first: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The slot behind the last."""
+        return self.first + self.length
+
+    @property
+    def slots(self) -> range:
+        return range(self.first, self.end)
 
 
 def run_folder(name: str) -> str:
@@ -75,5 +94,24 @@ def pack_key(folder: str, pack: PackName) -> str:
     return f"{folder}packs/{pack.writer}/{pack.number}"
 
 
-def receipt_key(folder: str, term: int, rank: int, ordinal: int) -> str:
-    return f"{folder}save/{term}/{rank}/{ordinal}"
+def volumes_folder(folder: str) -> str:
+    return f"{folder}volumes/"
+
+
+def volume_key(folder: str, span: Span) -> str:
+    return f"{volumes_folder(folder)}{span.first:020d}-{span.length}"
+
+
+def volume_span(name: str) -> Span | None:
+    """The records that a volume's file name speaks of; None for whatever else lies there."""
+    found = _SPAN.fullmatch(name)
+    return Span(int(found[1]), int(found[2])) if found and int(found[1]) < SLOTS_MAX else None
+
+
+def receipts_folder(folder: str, term: int, ordinal: int) -> str:
+    """Where the ranks' receipts of one save lie."""
+    return f"{folder}save/{term}/{ordinal}/"
+
+
+def receipt_key(folder: str, term: int, ordinal: int, rank: int) -> str:
+    return f"{receipts_folder(folder, term, ordinal)}{rank}"
