@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from everystep.errors import Conflict, Error, RunTakenOver
+from everystep.errors import Conflict, Error, ReadOnly, RunTakenOver
 from everystep.rules import Rule
 from everystep.upkeep import (
     DROP,
@@ -79,7 +79,7 @@ class Keeper:
     ) -> None:
         self._vault, self._author, self._fence = vault, author, fence
         self._keep, self._keep_full, self._quota = keep, keep_full, quota_bytes
-        self._asked = False
+        self._asked = self._refused = False
 
     def after_commit(self) -> list[str]:
         """Drops, thins and frees; answers what somebody should know."""
@@ -113,8 +113,15 @@ class Keeper:
                 "call forget(keep=…, force=True) once"
             ]
         self._asked = True
-        if any(one.action in (DROP, THIN) for one in decided):
-            free_unneeded(self._vault, self._author)
+        if any(one.action in (DROP, THIN) for one in decided) and not self._refused:
+            try:
+                free_unneeded(self._vault, self._author)
+            except ReadOnly as error:
+                self._refused = True  # it would be at each save
+                return [
+                    f"what the run's rules drop is not freed here, for this process may not delete ({error.what}). "
+                    "Have one free it that may: everystep prune RUN"
+                ]
         return []
 
     def _too_many(self, decided: list[Decision]) -> bool:
@@ -122,7 +129,7 @@ class Keeper:
         return not self._asked and dropped >= ASK_FROM and drops_most(decided)
 
     def _check_quota(self) -> list[str]:
-        if self._quota is None:
+        if self._quota is None or self._refused:
             return []
         freed = collect(self._vault, self._author, stamp=False)
         over = freed.held_bytes - self._quota

@@ -9,7 +9,7 @@ from typing import Any
 from everystep.checkpoint import Checkpoint
 from everystep.errors import CheckpointRetired, NotFound, SaveAbandoned, UsageError
 from everystep.past import PastRun
-from everystep.save.commit import check_fence
+from everystep.save.commit import check_fence, pause_seconds
 from everystep.vault import Committed, History, Place, RunVault, Term
 from everystep.vault.record import Rewind
 
@@ -89,15 +89,17 @@ def write_rewind(vault: RunVault, term: Term, commit: Committed, author: str, *,
     if first:
         vault.log.append(decide, author)
         return
-    deadline = vault.seam.monotonic() + vault.settings.rank_deadline_seconds
+    begun = vault.seam.monotonic()
     while True:
-        latest = vault.history().latest
-        if latest is not None and latest.event.id == id:
+        history = vault.history()
+        if history.latest is not None and history.latest.event.id == id:
             return
-        if vault.seam.monotonic() > deadline:
+        waited = vault.seam.monotonic() - begun
+        if waited > vault.settings.rank_deadline_seconds:
             raise SaveAbandoned(
                 f"rank 0 did not go back to step {commit.event.step} in time",
                 where=vault.where,
                 do="call rewind() on every rank",
             )
-        vault.seam.sleep(vault.settings.poll_seconds)
+        others = history.owner.ranks - 1 if history.owner is not None else 1
+        vault.seam.sleep(pause_seconds(vault, waited, term.writer, others))

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 
 from everystep.errors import RunInUse, SaveAbandoned
-from everystep.seam import Process
+from everystep.save.commit import pause_seconds
 from everystep.vault import History, RunVault, Term
 from everystep.vault.record import Open
+from everystep.vault.writers import is_gone, is_own
 
 
 def take_run(
@@ -72,42 +73,31 @@ def _written(history: History) -> tuple[int, int]:
 def _is_free(vault: RunVault, history: History, waited: float) -> bool:
     if history.owner is None or history.closed:
         return True
-    if _is_own(vault, history.owner) or _is_gone(vault, history.owner):
+    if is_own(vault.seam, history.owner) or is_gone(vault.seam, history.owner):
         return True
     away = history.owner.process.get("host") != vault.seam.process().host
     silent = max(waited, vault.seam.now() - history.last_time if away else waited)
     return silent >= vault.settings.takeover_seconds
 
 
-def _is_own(vault: RunVault, owner: Open) -> bool:
-    """Whether this very process opened it before: a notebook cell run again."""
-    there, here = _process(owner.process), vault.seam.process()
-    return (there.boot, there.pid, there.started) == (here.boot, here.pid, here.started)
-
-
-def _is_gone(vault: RunVault, owner: Open) -> bool:
-    return not _is_own(vault, owner) and vault.seam.is_gone(_process(owner.process))
-
-
-def _process(fields: dict[str, Any]) -> Process:
-    host, machine, boot, started = (str(fields.get(name, "")) for name in ("host", "machine", "boot", "started"))
-    return Process(host, machine, boot, int(fields.get("pid", 0)), started)
-
-
-def join_run(vault: RunVault, launch: str) -> Term:
+def join_run(vault: RunVault, launch: str, rank: int, ranks: int) -> Term:
     """The term that rank 0 of the same launch has opened: ranks without a process group meet through the store.
 
     Raises:
         SaveAbandoned: if it has opened none before the deadline.
+        UnsafeStore: if the store does not keep several ranks apart.
     """
-    deadline = vault.seam.monotonic() + vault.settings.rank_deadline_seconds
-    while vault.seam.monotonic() < deadline:
+    begun, waited = vault.seam.monotonic(), 0.0
+    while waited < vault.settings.rank_deadline_seconds:
         history = vault.history()
+        vault.place.look()
+        vault.place.refuse_several("several ranks would write this run")
         owner = history.owner
         # A launch id that is used again: the term of a rank 0 that has died is not the one to join.
-        if owner is not None and owner.launch == launch and not history.closed and not _is_gone(vault, owner):
+        if owner is not None and owner.launch == launch and not history.closed and not is_gone(vault.seam, owner):
             return Term(history.term, owner.nonce, f"{vault.seam.token(16)}-{history.term}")
-        vault.seam.sleep(vault.settings.poll_seconds)
+        vault.seam.sleep(pause_seconds(vault, waited, f"{launch} {rank}", ranks - 1))
+        waited = vault.seam.monotonic() - begun
     raise SaveAbandoned(
         f"rank 0 of launch {launch!r} has not opened the run",
         where=vault.where,

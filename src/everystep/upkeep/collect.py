@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from everystep.errors import Conflict, Damaged, NotFound, ObjectMissing
+from everystep.upkeep.receipts import free_receipts
 from everystep.upkeep.retention import DROP, THIN, Decision, Kept
 from everystep.vault import History, PackName, RunVault
 from everystep.vault.history import Dropped, roll_up
 from everystep.vault.names import NO_TERM, pack_key, record_key
 from everystep.vault.record import Gc, Restore, Retire, Thin
+from everystep.vault.together import together
 
 Fence = Callable[[History], None]
 
@@ -116,9 +118,10 @@ def collect(
         return Freed()
     if stamp and not at_once and _waiting(vault.history()):
         vault.log.append(lambda history: [Gc([])], author)
-    present = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    present = sizes_of(vault)
     rewrites = rewrites or at_once or room_bytes > 0
     freed, pending = _free(vault, author, present, at_once=at_once, room_bytes=room_bytes, rewrites=rewrites)
+    free_receipts(vault, vault.log.history)
     nbytes = _sum(present, freed)
     return Freed(len(freed), nbytes, _sum(present, pending), sum(present.values()) - nbytes)
 
@@ -154,8 +157,9 @@ def _free(
 
     history = vault.log.append(decide, author)
     dead = present.keys() & history.condemned
-    for pack in sorted(dead):
-        vault.storage.delete(pack_key(vault.folder, pack))
+    keys = [pack_key(vault.folder, pack) for pack in sorted(dead)]
+    for _ in together(vault.storage, vault.seam, vault.storage.delete, keys):
+        pass
     return dead, pending
 
 
@@ -220,6 +224,12 @@ def _is_dead(pack: PackName, history: History, rewrites: bool) -> bool:
     if int(term) == NO_TERM:
         return rewrites or pack in history.ever
     return int(term) < history.term or history.closed or pack in history.ever
+
+
+def sizes_of(vault: RunVault) -> dict[PackName, int]:
+    """Every pack that lies there, and its bytes."""
+    packs = sorted(packs_of(vault))
+    return dict(zip(packs, together(vault.storage, vault.seam, lambda pack: size_of(vault, pack), packs)))
 
 
 def size_of(vault: RunVault, pack: PackName) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from everystep.errors import Damaged, Error, ObjectMissing, StorageError
+from everystep.errors import Damaged, Error, NewerFormat, ObjectMissing, StorageError, Unreachable
 from everystep.seam import Pool
 from everystep.vault import Committed, PartView, Place, RunVault
+from everystep.vault.names import Span
+from everystep.vault.volumes import Shelf
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,18 +94,18 @@ class _Readable:
     """A storage of which what cannot be read is damaged: the log goes on behind such a record."""
 
     def __init__(self, inner: Any) -> None:
-        self._inner, self.url = inner, inner.url
+        self._inner, self.url, self.fan_out = inner, inner.url, inner.fan_out
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
         try:
             return self._inner.get(key, start, stop)  # type: ignore[no-any-return]
-        except ObjectMissing:
+        except (ObjectMissing, Unreachable):  # what cannot be asked may be whole
             raise
         except StorageError as error:
             raise Damaged(error.what, where=error.where, do=error.do) from error
 
-    def list(self, prefix: str, deep: bool = True) -> Iterator[str]:
-        return self._inner.list(prefix, deep)  # type: ignore[no-any-return]
+    def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
+        return self._inner.list(prefix, deep, after)  # type: ignore[no-any-return]
 
 
 def check_repository(
@@ -120,7 +122,7 @@ def check_repository(
     seed = int(place.seam.token(8), 16)
     for name in runs:
         vault = RunVault(place, name)
-        vault.storage = _Readable(vault.storage)
+        vault.storage, vault.log_in_full = _Readable(vault.storage), True
         _check_run(vault, report, _Chunks(share, seed) if data else None, progress)
     return report
 
@@ -133,8 +135,12 @@ def _check_run(vault: RunVault, report: CheckReport, chunks: _Chunks | None, pro
         report.findings.append(Finding(vault.name, error.what, error.where))
         return
     report.records += history.slots
+    whole = _check_volumes(vault, report)
     for slot, why in sorted(history.damaged.items()):
-        report.findings.append(Finding(vault.name, f"record {slot}: {why}", f"{vault.where}/log/{slot:020d}"))
+        copies = [f"; volume {span.first:020d}-{span.length} holds it" for span in whole if slot in span.slots]
+        report.findings.append(
+            Finding(vault.name, f"record {slot}: {why}{''.join(copies[:1])}", f"{vault.where}/log/{slot:020d}")
+        )
     pool = vault.seam.pool(vault.settings.workers, "everystep-fsck")
     try:
         for count, id in enumerate(live := list(history.live), 1):
@@ -146,6 +152,21 @@ def _check_run(vault: RunVault, report: CheckReport, chunks: _Chunks | None, pro
     report.bytes_there += chunks.nbytes if chunks is not None else 0
     for name in list(history.attachments):
         _check_attachment(vault, name, report)
+
+
+def _check_volumes(vault: RunVault, report: CheckReport) -> list[Span]:
+    """Those that say what the log says, which has been read without them."""
+    shelf = Shelf(vault.storage, vault.folder, vault.seam, vault.settings)
+    whole = []
+    for span in sorted(shelf.spans()):
+        try:
+            shelf.check(span)
+            whole.append(span)
+        except NewerFormat:
+            continue  # nothing is read from it here
+        except (Damaged, StorageError) as error:
+            report.findings.append(Finding(vault.name, error.what, shelf.where(span)))
+    return whole
 
 
 def _check_attachment(vault: RunVault, name: str, report: CheckReport) -> None:

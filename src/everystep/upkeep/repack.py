@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from everystep.errors import Conflict, Damaged, Error, ObjectMissing, UsageError
-from everystep.upkeep.collect import check_readable, collect, packs_of, size_of
+from everystep.upkeep.collect import check_readable, collect, sizes_of
 from everystep.upkeep.moving import Emptied, Mover, Resident
 from everystep.upkeep.usage import Uses, held, is_there, needs_less
 from everystep.vault import Committed, History, PackName, RunVault
@@ -207,7 +207,7 @@ def _plan(vault: RunVault, mover: Mover, dead: float) -> Emptied:
 def _choose(vault: RunVault, uses: Uses, residents: list[Resident], dead: float) -> frozenset[PackName]:
     """The packs to empty: of those that are mostly dead, the largest, as long as they give back more than the manifests
     come to that must be written for it."""
-    sizes = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    sizes = sizes_of(vault)
     gains = {pack: nbytes for pack, nbytes in uses.dead_bytes(sizes).items() if nbytes > dead * sizes[pack]}
     order = sorted(gains, key=lambda pack: (-gains[pack], pack))
     users: dict[PackName, list[int]] = {pack: [] for pack in order}

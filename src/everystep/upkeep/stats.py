@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from everystep.errors import ObjectMissing
-from everystep.upkeep.collect import can_return, packs_of, size_of
+from everystep.upkeep.collect import can_return, sizes_of
 from everystep.upkeep.usage import Uses, held
 from everystep.vault import CODEC_NAMES, Committed, Manifest, PartView, RunVault, Spot
-from everystep.vault.names import record_key
+from everystep.vault.names import record_key, volumes_folder
+from everystep.vault.together import together
 
 Progress = Callable[[int, int], None]
 
@@ -87,15 +88,20 @@ def _measure(vault: RunVault, progress: Progress | None) -> RunStats:
             _add(found, history.commits[id], manifest, counted, thin=id in history.thin)
         if progress is not None:
             progress(count, len(kept))
-    found.log_bytes = sum(
-        vault.storage.stat(record_key(vault.folder, slot)).nbytes
-        for slot in range(history.slots)
-        if slot not in history.damaged
-    )
-    sizes = {pack: size_of(vault, pack) for pack in packs_of(vault)}
+    log = [record_key(vault.folder, slot) for slot in range(history.slots)]
+    log += vault.storage.list(volumes_folder(vault.folder))
+    found.log_bytes = sum(together(vault.storage, vault.seam, lambda key: _nbytes(vault, key), log))
+    sizes = sizes_of(vault)
     found.other_bytes = max(0, sum(sizes.values()) - found.chunk_bytes - found.manifest_bytes)
     found.dead_bytes = sum(uses.dead_bytes(sizes).values())
     return found
+
+
+def _nbytes(vault: RunVault, key: str) -> int:
+    try:
+        return int(vault.storage.stat(key).nbytes)
+    except ObjectMissing:
+        return 0  # what it said is known from elsewhere, or noted as damage
 
 
 def _add(

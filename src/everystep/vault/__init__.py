@@ -5,7 +5,7 @@ from everystep.vault.history import Committed, History
 from everystep.vault.log import Log
 from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
 from everystep.vault.names import PackName, run_folder, run_name
-from everystep.vault.packs import PackWriter
+from everystep.vault.packs import PackWriter, Uploads
 from everystep.vault.place import Place
 from everystep.vault.run import RunVault, Term
 
@@ -22,6 +22,7 @@ __all__ = [
     "RunVault",
     "Spot",
     "Term",
+    "Uploads",
     "read_manifest",
     "run_folder",
     "run_name",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -24,6 +24,8 @@ class Committed:
     term: int
     time: float
     author: str
+    after: str | None = None
+    """The nearest checkpoint before it that came from another repository, too, where its parent did not."""
 
     def needs(self, *, thin: bool = False) -> set[PackName]:
         """Packs without which it cannot be loaded; thinned, without its optimizer state."""
@@ -135,15 +137,22 @@ class History:
 
     def continues(self, id: str) -> str | None:
         """The nearest live checkpoint that one continues from; None if there is none before it."""
+        return self.nearest(id, self.live)
+
+    def nearest(self, id: str, among: Container[str]) -> str | None:
+        """The nearest checkpoint, of some, that one continues from; None if there is none before it."""
         at, seen = self._parent(id), {id}
-        while at is not None and at in self.commits and at not in self.live and at not in seen:
+        while at is not None and at in self.commits and at not in among and at not in seen:
             seen.add(at)
             at = self._parent(at)
-        return at if at in self.live else None
+        return at if at is not None and at in self.commits and at in among else None
 
     def _parent(self, id: str) -> str | None:
-        parent = self.commits[id].event.parent
-        return parent if parent is None or parent in self.commits else self._before_gap(self.commits[id].slot)
+        commit = self.commits[id]
+        parent = commit.event.parent
+        if parent is None or parent in self.commits:
+            return parent
+        return commit.after or self._before_gap(commit.slot)
 
     def _before_gap(self, slot: int) -> str | None:
         """The checkpoint before the damaged record below a slot: the likeliest parent of one that was lost in it."""
@@ -273,6 +282,11 @@ class History:
     def _note(self, event: events.Note, record: events.Record) -> None:
         self.notes.append((event.id, event.text))
 
+    def _copy(self, event: events.Copy, record: events.Record) -> None:
+        commit = self.commits.get(event.id)
+        if commit is not None:
+            self.commits[event.id] = replace(commit, time=event.time, author=event.author, after=event.after)
+
     def _rewrite(self, event: events.Rewrite, record: events.Record) -> None:
         for moved in event.moved:
             commit, dropped = self.commits.get(moved.id), self.dropped.get(moved.id)
@@ -304,6 +318,7 @@ _HANDLERS: dict[type[Any], Any] = {
     events.Config: History._config,
     events.Attach: History._attach,
     events.Note: History._note,
+    events.Copy: History._copy,
     events.Rewrite: History._rewrite,
     events.Gc: History._gc,
 }

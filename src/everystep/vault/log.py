@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from blake3 import blake3
@@ -14,6 +14,8 @@ from everystep.vault.history import History
 from everystep.vault.names import record_key, record_slot
 from everystep.vault.once import put_once
 from everystep.vault.record import pack_record, unpack_record
+from everystep.vault.together import together
+from everystep.vault.volumes import Shelf, Volume
 
 Decide = Callable[[History], "list[Any] | None"]
 GAP_MAX = 1000
@@ -23,13 +25,32 @@ GAP_MAX = 1000
 class Log:
     """One run's log. Keeps its fold in memory: a commit costs one put, no list and no get."""
 
-    def __init__(self, storage: Any, folder: str, genesis: str, seam: Seam, settings: Settings) -> None:
+    def __init__(
+        self,
+        storage: Any,
+        folder: str,
+        genesis: str,
+        seam: Seam,
+        settings: Settings,
+        may: Callable[[History, list[Any]], None] = lambda history, events: None,
+        *,
+        in_full: bool = False,
+    ) -> None:
+        """
+        Args:
+            may: raises if these events may not follow this history: whatever is appended was shown to it.
+            in_full: every record is read by itself, also where a volume holds it.
+        """
+        self._may = may
         self._storage, self._folder, self._seam, self._settings = storage, folder, seam, settings
         self._genesis = blake3(f"{genesis} {folder}".encode()).hexdigest()
+        self._shelf = None if in_full else Shelf(storage, folder, seam, settings)
         self._lock = seam.lock()
         self._listed = False
         self._durable = 0
         self._last: tuple[int, bytes] = (-1, b"")
+        self._newest: list[bytes] = []
+        """The records since the last volume, from the first on; with gaps, fewer."""
         self._given = False
         self.history = History(self._genesis)
 
@@ -58,11 +79,6 @@ class Log:
             self.history, self._given = self.history.copy(), False
         return self.history
 
-    def forget(self) -> None:
-        """Starts over with an empty fold, as a new process would."""
-        with self._lock:
-            self.history, self._listed = History(self._genesis), False
-
     def confirm(self) -> History:
         """Like `refresh`, and the last record is durable afterwards, whoever put it and however that ended."""
         with self._lock:
@@ -86,32 +102,82 @@ class Log:
         return self.history
 
     def _read_all(self) -> None:
-        names = [key.rpartition("/")[2] for key in self._storage.list(f"{self._folder}log/", deep=False)]
+        for volume in self._shelf.believed(self.history.slots) if self._shelf is not None else ():
+            self._read_slots(range(self.history.slots, volume.span.first))
+            if not self._take_volume(volume):
+                self._read_slots(volume.span.slots)
+        self._read_listed()
+
+    def _take_volume(self, volume: Volume) -> bool:
+        """Whether the records of a volume could be taken, all of them."""
+        assert self._shelf is not None
+        if self.history.head not in ("", volume.prev):
+            return False
+        try:
+            records, last = volume.unpack(self._shelf.where(volume.span))
+        except Damaged:
+            return False
+        history = self._to_change()
+        for record in records:
+            history.take(record)
+        self._last, self._newest = (volume.span.end - 1, last), []
+        return True
+
+    def _read_listed(self) -> None:
+        """The records that a listing shows from here on, and those that are missing between them."""
+        wanted, end = list[int](), self.history.slots
+        after = record_key(self._folder, end - 1) if end else ""
+        names = [key.rpartition("/")[2] for key in self._storage.list(f"{self._folder}log/", deep=False, after=after)]
         for slot in sorted(slot for slot in map(record_slot, names) if slot is not None):
-            if slot - self.history.slots > GAP_MAX:
-                first = self.history.slots
-                self._to_change().lose(slot - 1, f"the records from {first} on are missing", count=slot - first)
-            while self.history.slots <= slot:
-                if not self._read_next():
-                    self._to_change().lose(self.history.slots, "the record is missing")
+            if slot - end > GAP_MAX:
+                self._read_slots(wanted)
+                self._to_change().lose(slot - 1, f"the records from {end} on are missing", count=slot - end)
+                wanted, end = [], slot
+            wanted += range(end, slot + 1)
+            end = slot + 1
+        self._read_slots(wanted)
+
+    def _read_slots(self, slots: Sequence[int]) -> None:
+        """Records that should be there, in their order: where one is not, that is damage."""
+        for slot, found in zip(slots, together(self._storage, self._seam, self._fetch, slots)):
+            self._absorb(slot, found)
 
     def _read_next(self) -> bool:
         slot = self.history.slots
-        key = record_key(self._folder, slot)
-        try:
-            data = self._storage.get(key)
-        except ObjectMissing:
+        found = self._fetch(slot)
+        if isinstance(found, ObjectMissing):
             return False
-        except Damaged as error:
-            self._to_change().lose(slot, error.what)
-            return True
-        self._last = slot, bytes(data)
+        self._absorb(slot, found)
+        return True
+
+    def _fetch(self, slot: int) -> bytes | ObjectMissing | Damaged:
         try:
-            record = unpack_record(data, slot, f"{self._storage.url}/{key}")
+            return bytes(self._storage.get(record_key(self._folder, slot)))
+        except (ObjectMissing, Damaged) as error:
+            return error
+
+    def _absorb(self, slot: int, found: bytes | ObjectMissing | Damaged) -> None:
+        if isinstance(found, ObjectMissing):
+            self._to_change().lose(slot, "the record is missing")
+            return
+        if isinstance(found, Damaged):
+            self._to_change().lose(slot, found.what)
+            return
+        self._last = slot, found
+        self._remember(slot, found)
+        try:
+            record = unpack_record(found, slot, f"{self._storage.url}/{record_key(self._folder, slot)}")
             self._to_change().take(record)
         except Damaged as error:
             self._to_change().lose(slot, error.what)
-        return True
+
+    def _remember(self, slot: int, data: bytes) -> None:
+        """Keeps a record for the volume that will hold it."""
+        count = self._settings.volume_records
+        if not count or slot % count == 0:
+            self._newest = []
+        if count and len(self._newest) == slot % count:
+            self._newest.append(data)
 
     def append(self, decide: Decide, author: str) -> History:
         """Asks `decide(history)` for events until one of its decisions has become the next record.
@@ -132,6 +198,7 @@ class Log:
                     if self.confirm().slots == decided:
                         return self.history
                     continue  # that was about an older head
+                self._may(self.history, events)
                 if self._put(events, author):
                     self._read_next_own()
                     return self.history
@@ -150,13 +217,17 @@ class Log:
         term = max([history.term, *(event.term for event in events if isinstance(event, OpenTerm))])
         plain = [event.event if isinstance(event, OpenTerm) else event for event in events]
         data = pack_record(history.slots, history.head, term, nonce, self._seam.now(), author, plain)
-        self._own = unpack_record(data, history.slots, self._folder)  # what cannot be read is never written
+        self._own = unpack_record(data, history.slots, self._folder), data  # what cannot be read is never written
         key = record_key(self._folder, history.slots)
         return put_once(self._storage, key, data, self._seam, self._settings)
 
     def _read_next_own(self) -> None:
-        self._to_change().take(self._own)
+        record, data = self._own
+        self._to_change().take(record)
         self._durable = self.history.slots
+        self._remember(record.seq, data)
+        if self._shelf is not None:
+            self._shelf.bind(self._durable, self._newest)
 
 
 class OpenTerm:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,8 @@ SPOT = np.dtype(
     [("pack", "<u4"), ("offset", "<u8"), ("length", "<u4"), ("codec", "u1"), ("depth", "u1"), ("base", "<u4")]
 )
 PAGE_ENTRIES = 4096
+BEFORE_BYTES = 64 << 10
+"""Read in front of a document: its pages were written before it, so that a small manifest is one request."""
 _PAGES = ("tree", "values", "chunks", "spots", "bases", "base_hashes")
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -224,12 +226,23 @@ class Manifest:
 Fetch = Callable[[list[Where], str], bytes]
 
 
-def read_manifest(commit: Commit, fetch: Fetch, where: str) -> Manifest:
+class Ahead(Protocol):
+    """Told which pages will be asked for, and that `before` bytes in front of each may be, too."""
+
+    def __call__(self, pages: Iterable[Where], *, before: int = 0) -> None: ...
+
+
+def _one_by_one(pages: Iterable[Where], *, before: int = 0) -> None:
+    return
+
+
+def read_manifest(commit: Commit, fetch: Fetch, where: str, ahead: Ahead = _one_by_one) -> Manifest:
     """Reads a manifest through `fetch`, which answers the plain bytes of pages after checking their BLAKE3.
 
     Raises:
         Damaged: if anything in it is not what the commit event vouches for.
     """
+    ahead([commit.root], before=BEFORE_BYTES)
     document = fetch([commit.root], where)
     root, parts = _halves(document, Root, list[Where], where)
     if root.format > FORMAT:
@@ -244,9 +257,14 @@ def read_manifest(commit: Commit, fetch: Fetch, where: str) -> Manifest:
         raise Damaged("the manifest is not the one that was committed", where=where, do="run fsck")
     here = PackName(commit.root.writer, commit.root.number)
     places = tuple(settle(part, here) for part in parts)
-    views = tuple(
-        _read_part(rank, content, part, fetch, f"{where} rank {rank}")
+    ahead(places, before=BEFORE_BYTES)
+    told_parts = [
+        _read_half(rank, content, part, fetch, f"{where} rank {rank}")
         for (rank, content), part in zip(root.parts, places)
+    ]
+    ahead([page for _, placement in told_parts for page in placement.pages()])
+    views = tuple(
+        _read_part(logical, placement, fetch, f"{where} rank {logical.rank}") for logical, placement in told_parts
     )
     return Manifest(root, views, places)
 
@@ -267,17 +285,30 @@ def settle_all(placement: Placement, here: PackName) -> Placement:
     return msgspec.structs.replace(placement, **named)
 
 
-def _read_part(rank: int, content: str, at: Where, fetch: Fetch, where: str) -> PartView:
+def moved(document: bytes, move: Callable[[Where], Where], where: str) -> tuple[bytes, list[Where]]:
+    """A part's document with its pages at other places, and those places."""
+    first, _, second = document.partition(b"\n")
+    placement = parse_json(second, Placement, where)
+    placed = {name: [move(page) for page in getattr(placement, name)] for name in _PAGES}
+    placement = msgspec.structs.replace(placement, **placed)
+    return pack_halves(msgspec.Raw(first), placement), placement.pages()
+
+
+def _read_half(rank: int, content: str, at: Where, fetch: Fetch, where: str) -> tuple[Logical, Placement]:
+    """A part's document: what it holds, and where its pages lie."""
     document = fetch([at], where)
     logical, placement = _halves(document, Logical, Placement, where)
-    here = PackName(at.writer, at.number)
-    placement = settle_all(placement, here)
+    placement = settle_all(placement, PackName(at.writer, at.number))
     if logical_hash(document) != content or logical.rank != rank:
         raise Damaged("a part is not the one that was committed", where=where, do="run fsck")
     promised = ([logical.tree], [logical.values], logical.chunks)
     for meant, pages in zip(promised, (placement.tree, placement.values, placement.chunks)):
         if [page.blake3 for page in pages] != meant:
             raise Damaged("a part's pages are not the ones that were committed", where=where, do="run fsck")
+    return logical, placement
+
+
+def _read_part(logical: Logical, placement: Placement, fetch: Fetch, where: str) -> PartView:
     tree = parse_tree(fetch(placement.tree, where), fetch(placement.values, where), where)
     _check_count(tree, logical, where)
     layout = lay_out(tree.leaves, logical.chunk_bytes_max, logical.small_leaf_bytes)
@@ -285,7 +316,7 @@ def _read_part(rank: int, content: str, at: Where, fetch: Fetch, where: str) -> 
     if not len(layout.chunks) == logical.count == len(spots):
         raise Damaged("a part lists more or fewer chunks than its leaves have", where=where, do="run fsck")
     base_hashes, bases = _table(fetch, placement.base_hashes, placement.bases, where)
-    return PartView(rank, placement, tree, layout, hashes, spots, bases, base_hashes)
+    return PartView(logical.rank, placement, tree, layout, hashes, spots, bases, base_hashes)
 
 
 def _table(fetch: Fetch, hashes: list[Where], spots: list[Where], where: str) -> tuple[Array, Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,13 +11,17 @@ import numpy as np
 
 from everystep import codecs
 from everystep.errors import ReadOnly, StorageError, StorageFull
-from everystep.seam import Seam
+from everystep.seam import Seam, Task
 from everystep.settings import Settings
 from everystep.vault.manifest import HERE
 from everystep.vault.names import PackName, pack_key
 from everystep.vault.record import Where
 
 MAGIC = b"EVERYSTEP-PACK-1"
+ROUNDS = 4
+"""How often each of several uploads beside each other should come to its turn: then all end at about the same time."""
+PACK_BYTES_MIN = 8 << 20
+"""Below that a request of its own costs more than another one beside it gains."""
 
 
 @dataclass
@@ -131,11 +136,71 @@ class _Filled(_Open):
         return pieces
 
 
+class Uploads:
+    """Packs on their way to a place that is far away, several at once; each is held until it has arrived.
+
+    Args:
+        count: how many. One more waits while the next is filled.
+        nbytes: about as much as there is to send, if that is known.
+    """
+
+    def __init__(self, seam: Seam, settings: Settings, count: int, nbytes: int | None = None) -> None:
+        all_bytes = settings.pack_bytes_max * ROUNDS * count if nbytes is None else nbytes
+        self.pack_bytes = max(all_bytes // (ROUNDS * count), PACK_BYTES_MIN)
+        """A sensible length of packs: with few large ones, some of those that could be under way would be none."""
+
+        def begin() -> None:
+            seam.step_back(settings.background_nice)
+
+        self._pool, self._count, self._clock = seam.pool(count, "everystep-upload", begin), count, seam.monotonic
+        self._pending: deque[Task[None]] = deque()
+        self._lock, self._under_way, self._since = seam.lock(), 0, 0.0
+        self.seconds = 0.0
+        """While any was under way."""
+
+    def start(self, send: Callable[[_Open], None], pack: _Open) -> None:
+        """Sends a pack, as soon as there is room for it.
+
+        Raises:
+            StorageError: what became of one that was started before.
+        """
+        self._pending.append(self._pool.start(lambda one: self._timed(send, one), pack))
+        while len(self._pending) > self._count:
+            self._pending.popleft().result()
+
+    def finish(self) -> None:
+        """Until all have arrived.
+
+        Raises:
+            StorageError: what became of the first that has not.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Ends the threads, once what is under way is over, however it ends."""
+        for task in self._pending:
+            task.settle()
+        self._pool.close()
+
+    def _timed(self, send: Callable[[_Open], None], pack: _Open) -> None:
+        with self._lock:
+            self._since = self._since if self._under_way else self._clock()
+            self._under_way += 1
+        try:
+            send(pack)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                if not self._under_way:
+                    self.seconds += self._clock() - self._since
+
+
 class PackWriter:
     """Fills packs of one class and stores each under a new number, whatever became of the attempt before.
 
     Args:
-        number: draws the next pack number of this writer.
+        number: draws the next pack number of this writer; on several threads, where it is given uploads.
         nbytes_max: a pack is stored when the next chunk would make it larger than this.
     """
 
@@ -157,13 +222,18 @@ class PackWriter:
         self.seconds = 0.0
         """Spent in the storage."""
 
-    def store(self, loads: Iterable[Load]) -> None:
-        """Stores chunks as they come, pack after pack, durably: each goes out while those behind it are made.
+    def store(self, loads: Iterable[Load], uploads: Uploads | None = None) -> None:
+        """Stores chunks as they come, pack after pack, durably: each goes out while those behind it are made. Given
+        `uploads`, several do, and they are durable once these are finished.
 
         Raises:
             StorageError: as `flush`. What `loads` raises.
         """
         coming = _Coming(loads, self._seam.monotonic)
+        if uploads is not None:
+            while coming.peek() is not None:
+                uploads.start(self._send, self._gather(coming, min(self._nbytes_max, uploads.pack_bytes)))
+            return
         while coming.peek() is not None:
             pack = _Filled(coming=coming, nbytes_max=self._nbytes_max)
             begun, waited = self._seam.monotonic(), coming.seconds
@@ -174,6 +244,32 @@ class PackWriter:
             if not pack.whole:
                 raise StorageError("the place took a part of a pack for all of it", where=self._storage.url)
             self.stored.append((pack.name, pack.nbytes))
+
+    def _gather(self, coming: _Coming, nbytes_max: int) -> _Open:
+        """The next pack, up to its limit."""
+        pack = _Open()
+        while (load := coming.peek()) is not None:
+            if pack.nbytes > len(MAGIC) and pack.nbytes + load.nbytes > nbytes_max:
+                break
+            coming.drop()
+            pieces = load.pieces()
+            load.slot = Slot(pack, pack.nbytes, sum(len(piece) for piece in pieces))
+            pack.pieces += pieces
+            pack.nbytes += load.slot.length
+        return pack
+
+    def _send(self, pack: _Open) -> None:
+        pack.name = self._put(pack)
+        pack.pieces = []
+        self.stored.append((pack.name, pack.nbytes))
+
+    def take(self, nbytes_max: int) -> bytes | None:
+        """What the next pack would hold, in place of storing it; None if that is more."""
+        pack = self._open
+        if self.stored or pack.nbytes > nbytes_max:
+            return None
+        self._open = _Open()
+        return b"".join(pack.pieces)
 
     def add(self, pieces: list[Any]) -> Slot:
         length = sum(len(piece) for piece in pieces)

@@ -117,7 +117,8 @@ class Reader:
                         sink.take(chunk.number, held)
             return [chunk.number for chunk in group.chunks]
 
-        groups, window = list(_group(wanted, pool.workers)), 2 * pool.workers
+        readers = fetchers.workers if fetchers is not None else 0
+        groups, window = list(_group(wanted, max(8 * pool.workers, readers, 8))), 2 * pool.workers
         if fetchers is None:
             yield from pool.map(lambda group: decode(self._fetch(group)), groups, window)
         else:
@@ -150,6 +151,25 @@ class Reader:
         for spot in run:
             at = spot.offset - first.offset
             yield spot, stored[at : at + spot.length]
+
+    def links(self, wanted: Sequence[tuple[Spot, int]]) -> dict[Bytes, memoryview]:
+        """What is stored of chunks, given with their plain lengths, and of all that they lean on: each is read once,
+        and every link is verified.
+
+        Raises:
+            Damaged: naming the first link that is not what was saved.
+        """
+        chunks = [Wanted(i, spot, nbytes, spot.length) for i, (spot, nbytes) in enumerate(wanted)]
+        stored = self._fetch(chunks).stored
+        made: dict[Bytes, Array] = {}
+        for spot, nbytes in wanted:
+            base: Array | None = None
+            for link in reversed(list(spot.links())):
+                place = _bytes(link)
+                if place not in made:
+                    made[place] = self._decode(stored[place], link, nbytes, base)
+                base = made[place]
+        return stored
 
     # every link verified -------------------------------------------------------------------------------------------
 
@@ -192,13 +212,12 @@ def _bytes(spot: Spot) -> Bytes:
     return spot.pack, spot.offset, spot.length
 
 
-def _group(wanted: list[Wanted], workers: int) -> Iterator[list[Wanted]]:
-    """Chunks that lie together, as many as one thread takes at a time: several groups for each, so that all end
-    together."""
+def _group(wanted: list[Wanted], parts: int) -> Iterator[list[Wanted]]:
+    """Chunks that lie together, as many as one thread takes at a time: several groups for each that decodes, so that
+    all end together, and one for each that reads."""
     if not wanted:
         return
     wanted.sort(key=lambda chunk: _bytes(chunk.spot))
-    parts = 8 * max(workers, 1)
     stored_max = _share(sum(chunk.stored for chunk in wanted) // parts, _GROUP_BYTES_MIN, _GROUP_BYTES_MAX)
     plain_max = _share(sum(chunk.nbytes for chunk in wanted) // parts, _PLAIN_BYTES_MIN, _PLAIN_BYTES_MAX)
     group, stored, plain = [wanted[0]], wanted[0].stored, wanted[0].nbytes

@@ -166,6 +166,18 @@ class Note(msgspec.Struct, tag="note", frozen=True):
     id: str | None = None
 
 
+class Copy(msgspec.Struct, tag="copy", frozen=True):
+    """A checkpoint was committed before, in a run of another repository: when, and by whom. `after` is the nearest one
+    before it that is here, where its parent is not."""
+
+    id: str
+    repository: str
+    run: str
+    time: float
+    author: str
+    after: str | None = None
+
+
 class Moved(NamedTuple):
     """Where a checkpoint lies now, and what it needs there: in place of `root`, `packs`, `optimizer` of its commit."""
 
@@ -193,7 +205,7 @@ class Unknown(NamedTuple):
 
 _EVENTS: tuple[type[Any], ...] = (
     Open, Close, Commit, Abandon, Retire, Thin, Restore, Rewind, Start, Tag, Metrics, Series, Config, Attach, Note,
-    Rewrite, Gc,
+    Copy, Rewrite, Gc,
 )  # fmt: skip
 _BY_TAG = {kind.__struct_config__.tag: kind for kind in _EVENTS}
 

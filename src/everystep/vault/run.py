@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
-from everystep import codecs
-from everystep.errors import Damaged
 from everystep.seam import Pool
 from everystep.vault.history import Committed, History
 from everystep.vault.log import Log, OpenTerm
 from everystep.vault.manifest import Manifest, PartView, Spot, read_manifest
-from everystep.vault.names import PackName, pack_key, run_folder
+from everystep.vault.names import PackName, run_folder
+from everystep.vault.pages import Pages
 from everystep.vault.place import Place
 from everystep.vault.reader import Reader, Sink
 from everystep.vault.record import Open, Where
+from everystep.vault.writers import permit
 
 Array = np.ndarray[Any, Any]
-PAGE_BYTES_MAX = 1 << 28
 
 
 @dataclass
@@ -32,14 +31,14 @@ class Term:
     number: int
     nonce: str
     writer: str
-    packs: int = 0
     ordinal: int = 0
     steps: dict[int, tuple[str, str]] = field(default_factory=dict)
     """step -> (content, checkpoint id) of what this term has committed."""
+    packs: Iterator[int] = field(default_factory=count)
 
     def next_pack(self) -> int:
-        self.packs += 1
-        return self.packs - 1
+        """Another number each time, on whatever threads it is asked: the interpreter's own counter is safe there."""
+        return next(self.packs)
 
 
 class RunVault:
@@ -49,6 +48,8 @@ class RunVault:
         self.place, self.name = place, name
         self.storage, self.seam, self.settings = place.storage, place.seam, place.settings
         self.folder = run_folder(name)
+        self.log_in_full = False
+        """Every record is read by itself, also where a volume holds it."""
         self._log: Log | None = None
         self._held: History | None = None
 
@@ -66,7 +67,12 @@ class RunVault:
     def log(self) -> Log:
         """The run's log; asking for it creates the repository."""
         if self._log is None:
-            self._log = Log(self.storage, self.folder, self.place.identity(), self.seam, self.settings)
+            genesis = self.place.identity()
+
+            def may(history: History, events: list[Any]) -> None:
+                permit(self.place, history, events)
+
+            self._log = Log(self.storage, self.folder, genesis, self.seam, self.settings, may, in_full=self.log_in_full)
         return self._log
 
     def history(self) -> History:
@@ -87,6 +93,9 @@ class RunVault:
     def open_term(self, event: Callable[[History], Open], author: str) -> Term:
         """Takes the run: every lower term is fenced from here on."""
         taken: list[OpenTerm] = []
+        self.place.prepare()
+        if self.storage is not self.place.storage:  # it is known since just now that it takes care
+            self.storage, self._log = self.place.storage, None
 
         def decide(history: History) -> list[Any]:
             # A record that cannot be read may have opened a term: stay above it.
@@ -101,21 +110,15 @@ class RunVault:
     # reading -------------------------------------------------------------------------------------------------------
 
     def manifest(self, commit: Committed) -> Manifest:
-        return read_manifest(commit.event, self.read_pages, f"{self.where} checkpoint {commit.event.id}")
+        pages = self._pages()
+        return read_manifest(commit.event, pages.fetch, f"{self.where} checkpoint {commit.event.id}", pages.ahead)
 
     def read_pages(self, pages: Sequence[Where], where: str) -> bytes:
-        """The plain bytes of manifest pages, each checked against its BLAKE3."""
-        out = bytearray()
-        for page in pages:
-            if not 0 <= page.nbytes <= PAGE_BYTES_MAX:
-                raise Damaged("a manifest page of an impossible size", where=where, do="run fsck")
-            key = pack_key(self.folder, PackName(page.writer, page.number))
-            stored = self.storage.get(key, page.offset, page.offset + page.length)
-            data = codecs.decode(page.codec, stored, page.nbytes)
-            if blake3(data).hexdigest() != page.blake3:
-                raise Damaged("a manifest page is damaged", where=f"{self.storage.url}/{key}", do="run fsck")
-            out += memoryview(data)
-        return bytes(out)
+        """The plain bytes of pages, each checked against its BLAKE3."""
+        return self._pages().fetch(pages, where)
+
+    def _pages(self) -> Pages:
+        return Pages(self.storage, self.folder, self.seam)
 
     def read_chunks(
         self, view: PartView, indices: Sequence[int], pool: Pool, sink: Sink | None = None, *, every_link: bool = False
@@ -126,15 +129,23 @@ class RunVault:
             every_link: also what they lean on is held against its hash, which says nothing of these bytes.
         """
         reader = Reader(self.storage, self.folder)
-        if not self.settings.readers:
+        readers = self.settings.readers
+        if not readers and self.storage.fan_out > 1:
+            readers = min(self.storage.fan_out, len(indices))
+        if not readers:
             yield from reader.read(view, indices, pool, sink, every_link=every_link)
             return
-        with closing(self.seam.pool(self.settings.readers, "everystep-fetch")) as fetchers:
+        with closing(self.seam.pool(readers, "everystep-fetch")) as fetchers:
             yield from reader.read(view, indices, pool, sink, every_link=every_link, fetchers=fetchers)
 
     def read_chunk(self, spot: Spot, nbytes: int) -> Array:
         """The plain bytes of one chunk; it and all that it leans on are verified."""
         return Reader(self.storage, self.folder).checked([(spot, nbytes)])[0]
+
+    def read_links(self, wanted: Sequence[tuple[Spot, int]]) -> dict[tuple[PackName, int, int], memoryview]:
+        """(pack, offset, length) -> what is stored there, of chunks and of all that they lean on; every link is
+        verified, and read once."""
+        return Reader(self.storage, self.folder).links(wanted)
 
     def read_stored(self, wanted: list[tuple[Spot, int]]) -> list[memoryview]:
         """Chunks as they are stored, given with their plain lengths; each is verified as what it decodes to."""
