@@ -18,7 +18,8 @@ from test_ranks import beside, runs_on, together
 
 import everystep
 from everystep import Checkpoint, Part, Repository, Settings, codecs
-from everystep.restore import fetch, room
+from everystep.restore import room
+from everystep.restore.boxes import range_of
 from everystep.schema import Box
 from everystep.storage import LocalStorage, MemoryStorage
 from everystep.vault import Spot
@@ -27,7 +28,7 @@ from everystep.vault.names import pack_key
 Array = np.ndarray[Any, Any]
 State = dict[str, dict[str, Array]]
 DEPTH = 8
-LONG = {"base_depth_max": DEPTH, "base_depth_slow": DEPTH}
+LONG = {"base_depth_max": DEPTH, "slow_bytes_per_second": 0}
 SMALL = {"chunk_bytes_max": 8192, "small_leaf_bytes": 4096, **LONG}
 LIKES = ("numpy", "torch", "saved")
 
@@ -351,7 +352,7 @@ def test_a_box_lies_together_or_not(data: st.DataObject) -> None:
     box = Box(start, tuple(data.draw(st.integers(1, n - at)) for at, n in zip(start, shape)))
     places = np.arange(int(np.prod(shape))).reshape(shape)[box.index()].reshape(-1)
     together = bool((np.diff(places) == 1).all())
-    assert fetch._start(box, shape) == (places[0] if together else None)
+    assert range_of(box, shape) == ((places[0], places[-1] + 1) if together else None)
 
 
 WHOLE = np.random.default_rng(2).random((60, 70)).astype(np.float32)

@@ -132,7 +132,7 @@ def test_strided_bytes_are_those_of_the_contiguous_tensor() -> None:
 
 
 def test_a_dtype_without_a_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(torch_adapter._DISK_NAMES, torch.float16)
+    monkeypatch.delitem(torch_adapter.DISK_NAMES, torch.float16)
     with pytest.raises(Unsupported, match=r"(?s)torch.float16.*where: a/b"):
         through({"a": {"b": torch.zeros(2, dtype=torch.float16)}})
 
@@ -578,9 +578,12 @@ def test_distributed_data_parallel_and_dtensor(tmp_path: Path) -> None:
         assert apply_all({"model": target}, through(capture_all({"model": source}))).exact
         assert same(source.module.first.weight, target.first.weight)
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        sharded = torch.distributed.tensor.distribute_tensor(torch.randn(4), mesh)
-        with pytest.raises(Unsupported, match=r"(?s)DTensor.*where: w.*full_tensor"):
-            through({"w": sharded})
+        tensor = torch.distributed.tensor
+        alone = tensor.distribute_tensor(torch.randn(4), mesh)
+        assert torch.equal(through({"w": alone})["w"], alone.full_tensor())
+        unfinished = tensor.DTensor.from_local(torch.ones(4), mesh, [tensor.Partial()])
+        with pytest.raises(Unsupported, match=r"(?s)a sum.*where: w.*redistribute"):
+            through({"w": unfinished})
     finally:
         torch.distributed.destroy_process_group()
     assert torch_adapter.world() is None

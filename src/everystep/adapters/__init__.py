@@ -97,6 +97,43 @@ class Kept(msgspec.Struct, frozen=True, gc=False):
     data: np.ndarray[Any, Any]
 
 
+class Boxed(msgspec.Struct, frozen=True, gc=False):
+    """A leaf of which only some boxes were read, each as what the leaf was."""
+
+    leaf: Leaf
+    boxes: dict[Box, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape
+
+
+class Shared(msgspec.Struct, frozen=True, gc=False):
+    """What an adapter says of an array that lies on several ranks."""
+
+    mine: Described
+    """What this rank writes of it, where all of them save."""
+    whole: Described | None
+    """What one of them writes that saves alone; None if it has only a part."""
+    ranks: int
+
+    def among(self, ranks: int | None, path: str) -> Described:
+        """What is written where so many ranks save together.
+
+        Raises:
+            Unsupported: if they are not those that it lies on.
+        """
+        if ranks is None or ranks == self.ranks:
+            return self.mine
+        if self.whole is not None:
+            return self.whole
+        raise Unsupported(
+            f"this array lies on several of {self.ranks} processes, and this run is saved by {ranks}",
+            where=path,
+            do="open the run on every process, without rank= and ranks=; or save a whole array, as full_tensor() gives",
+        )
+
+
 def rebuild(template: Any, saved: Any) -> tuple[Any, LoadReport]:
     """A saved state, whose leaves are `Kept`, in the structure, of the types and at the places of a template.
 
@@ -112,10 +149,20 @@ def rebuild(template: Any, saved: Any) -> tuple[Any, LoadReport]:
     return _framework_adapter("jax").rebuild(template, saved, report), report
 
 
-def describe(value: Any, path: str) -> Any:
-    """The first adapter's answer that knows the value: see `schema.flatten`."""
+def describe(value: Any, path: str, ranks: int | None = None) -> Any:
+    """The first adapter's answer that knows the value: see `schema.flatten`.
+
+    Args:
+        ranks: how many save together; None if it is all of them.
+    """
+    if isinstance(value, Kept):  # from another checkpoint, and saved as it lay there
+        return Described(value.leaf.dtype, value.leaf.shape, value.leaf.kind, Held(numpy_adapter, value.data))
+    if isinstance(value, Composite):
+        return value
     for adapter in active():
         found = adapter.describe(value, path)
+        if isinstance(found, Shared):
+            found = found.among(ranks, path)
         if isinstance(found, Described):
             held = Held(adapter, found.payload)
             return Described(found.dtype, found.shape, found.kind, held, found.identity, found.boxes)
@@ -193,6 +240,17 @@ def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:
     if has_state(target):
         return target.state_dict()
     raise untrackable(target, path)
+
+
+def wanted(target: Any, sketch: Callable[[], Any], path: str, tracked: Mapping[str, Any]) -> dict[str, tuple[Box, ...]]:
+    """Of the leaves that `apply` will be given, those of which a tracked object on this rank takes only some boxes.
+
+    Args:
+        sketch: gives the saved state with the descriptions of leaves in place of them.
+    """
+    if "torch" not in sys.modules:
+        return {}
+    return _framework_adapter("torch").wanted(target, sketch, path, tracked)  # type: ignore[no-any-return]
 
 
 def apply(target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport) -> Place:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from everystep.adapters import composites, jax_nnx, jax_tree
+from everystep.adapters import Shared, composites, jax_nnx, jax_tree
 from everystep.adapters import numpy as numpy_adapter
 from everystep.adapters.composites import Misfit
 from everystep.adapters.jax_place import ARRAY, KEY, WEAK, is_key, make_key
@@ -42,7 +42,7 @@ def describe(value: Any, path: str) -> Any:
     return jax_tree.plain_node(value)
 
 
-def _array(value: jax.Array, path: str) -> Described | Composite:
+def _array(value: jax.Array, path: str) -> Described | Composite | Shared:
     if isinstance(value, jax.core.Tracer):
         do = "save outside of jit, grad, vmap and scan: return the value, and save what was returned"
         raise Unsupported("a value that is being traced has no bytes", where=path, do=do)
@@ -59,7 +59,7 @@ def _array(value: jax.Array, path: str) -> Described | Composite:
     if value.is_fully_addressable:
         return Described(name, shape, kind, _whole(value), identity)
     boxes, payload = _held(value)
-    return Described(name, shape, kind, payload, None, boxes)
+    return Shared(Described(name, shape, kind, payload, None, boxes), None, jax.process_count())
 
 
 def _key(value: Any, path: str) -> Composite:

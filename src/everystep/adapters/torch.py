@@ -12,34 +12,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from everystep.adapters import composites, torch_optim
+from everystep.adapters import Boxed, composites, torch_memory, torch_optim, torch_sharded
 from everystep.adapters.composites import Misfit, known
-from everystep.adapters.torch_memory import PLAIN, identity, memory
+from everystep.adapters.torch_bytes import DISK_NAMES, NAMES, copy, fit
+from everystep.adapters.torch_bytes import build as build
+from everystep.adapters.torch_bytes import view as view
+from everystep.adapters.torch_memory import PLAIN, memory
 from everystep.adapters.torch_memory import cut as cut
 from everystep.adapters.torch_memory import mark as mark
 from everystep.adapters.torch_memory import standing as standing
-from everystep.errors import Damaged, Mismatch, Unsupported
-from everystep.schema import Composite, Described, Leaf, LoadReport, Roled
-from everystep.schema.dtype import name_of
+from everystep.adapters.torch_sharded import Alike, is_sharded
+from everystep.adapters.torch_sharded import piece as piece
+from everystep.errors import Mismatch, Unsupported
+from everystep.schema import Box, Composite, Described, Leaf, LoadReport, Roled
 from everystep.schema.tree import join
 
 KINDS = ("torch.tensor", "torch.quantized", "torch.sparse", "torch.size", "torch.device", "torch.constant")
 RANDOM = ("torch", "torch.cuda", "torch.mps")
 Array = np.ndarray[Any, Any]
 Tensor = torch.Tensor
-
-# torch's name of an element type -> its name on disk; a torch that is too old for one simply lacks it.
-_NAMES = {
-    "bool": "|b1", "uint8": "|u1", "int8": "|i1", "uint16": "<u2", "int16": "<i2", "uint32": "<u4", "int32": "<i4",
-    "uint64": "<u8", "int64": "<i8", "float16": "<f2", "float32": "<f4", "float64": "<f8", "complex64": "<c8",
-    "complex128": "<c16",
-    **{name: name for name in ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
-                               "float8_e8m0fnu")},
-    **{name: f"torch.{name}" for name in ("complex32", "float4_e2m1fn_x2", "bits8", "bits16", "bits1x8", "bits2x4",
-                                          "bits4x2", *(f"{s}int{n}" for s in ("", "u") for n in range(1, 8)))},
-}  # fmt: skip
-_DTYPES: dict[str, torch.dtype] = {disk: vars(torch)[name] for name, disk in _NAMES.items() if name in vars(torch)}
-_DISK_NAMES = {dtype: disk for disk, dtype in _DTYPES.items()}
 
 # What a quantised tensor stores its elements as; the two last pack several into a byte.
 _QUANTIZED = {"qint8": torch.int8, "quint8": torch.uint8, "qint32": torch.int32, "quint4x2": None, "quint2x4": None}
@@ -48,16 +39,16 @@ _SCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float
 _FORMATS = ("contiguous_format", "channels_last", "channels_last_3d", "preserve_format")
 _CONSTANTS: dict[str, Any] = {
     name: vars(torch)[name]
-    for name in (*_NAMES, *_QUANTIZED, "strided", *_SPARSE, *_FORMATS, *_SCHEMES)
+    for name in (*NAMES, *_QUANTIZED, "strided", *_SPARSE, *_FORMATS, *_SCHEMES)
     if name in vars(torch)
 }
 _CONSTANT_NAMES = {value: name for name, value in _CONSTANTS.items()}
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "xla", "mtia", "vulkan", "meta", "privateuseone")
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-_SHARED = frozenset(dtype for dtype, disk in _DISK_NAMES.items() if disk[0] in "<|")
 
 
-def describe(value: Any, path: str) -> Described | Composite | None:
+def describe(value: Any, path: str) -> Any:
+    if type(value) is Alike:
+        return torch_sharded.describe_alike(value, path, _tensor)
     if isinstance(value, Tensor):
         return _tensor(value, path)
     if type(value) is torch.Size:
@@ -71,13 +62,15 @@ def describe(value: Any, path: str) -> Described | Composite | None:
     return None
 
 
-def _tensor(value: Tensor, path: str) -> Described | Composite:
+def _tensor(value: Tensor, path: str) -> Any:
+    if is_sharded(value):
+        return torch_sharded.describe(value, path, _tensor)
     _refuse(value, path)
     if value.is_quantized:
         return _quantized(value, path)
     if value.layout is not torch.strided:
         return _sparse(value, path)
-    name = _DISK_NAMES.get(value.dtype)
+    name = DISK_NAMES.get(value.dtype)
     if name is None:
         raise Unsupported(
             f"the dtype {value.dtype} has no name in the format",
@@ -109,7 +102,7 @@ def _refuse(value: Tensor, path: str) -> None:
         raise Unsupported(
             f"a {kind.__module__}.{kind.__qualname__} holds more than the bytes of a tensor",
             where=path,
-            do="save an ordinary tensor: x.full_tensor() of a DTensor, x.as_subclass(torch.Tensor) of others",
+            do="save an ordinary tensor: x.as_subclass(torch.Tensor)",
         )
     if value.is_meta:
         raise Unsupported(
@@ -189,49 +182,9 @@ MAKERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
 MISFITS = (*composites.MISFITS, RuntimeError)
 
 
-def build(leaf: Leaf, data: Array) -> Tensor:
-    """A tensor in CPU memory over a flat uint8 array that nobody else uses; nothing is copied."""
-    dtype = _DTYPES.get(leaf.dtype)
-    if dtype is None and leaf.dtype in _NAMES.values():
-        raise Unsupported(
-            f"torch {torch.__version__} has no {leaf.dtype}",
-            where=leaf.path,
-            do='update torch, or load with like="numpy"',
-        )
-    if dtype is None or data.nbytes != math.prod(leaf.shape) * dtype.itemsize:
-        raise Damaged(f"{data.nbytes} bytes do not make {leaf.shape} of {leaf.dtype}", where=leaf.path)
-    try:
-        if data.nbytes == 0:
-            return torch.empty(leaf.shape, dtype=dtype)
-        return torch.from_numpy(data if data.flags.writeable else data.copy()).view(dtype).view(leaf.shape)
-    except RuntimeError as error:
-        raise Damaged(f"no tensor has the shape {leaf.shape}", where=leaf.path) from error
-
-
-def view(payload: Tensor) -> Array | None:
-    """torch's own copy_ is left to what NumPy cannot see: it waits for all of torch's threads at every tensor, which
-    costs microseconds on idle cores and 50 times the copy itself on cores that others use."""
-    if not payload.is_cpu or payload.is_conj() or payload.is_neg() or not payload.is_contiguous():
-        return None
-    if payload.dtype in _SHARED:
-        return payload.numpy().reshape(-1).view(np.uint8)
-    # Not view(-1): the one element of shape (1,) may have any stride, and then has no bytes to view.
-    return payload.as_strided((payload.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-def copy(payload: Tensor, target: Array) -> None:
-    if not payload.numel():
-        return
-    flat = torch.from_numpy(target)
-    if payload.is_conj() or payload.is_neg():
-        flat.view(payload.dtype).view(payload.shape).copy_(payload)
-    elif payload.is_contiguous():
-        # Not view(-1): the one element of shape (1,) may have any stride, and then has no bytes to view.
-        flat.copy_(payload.as_strided((payload.numel(),), (1,)).view(torch.uint8))
-    else:
-        # As whole words: some element types (int4 …) have no strided copy, and no bit of a NaN may change.
-        word = _WORDS[payload.dtype.itemsize]
-        flat.view(word).view(payload.shape).copy_(payload.view(word))
+def identity(value: Any) -> Hashable:
+    """Equal for two names of one memory; an empty tensor has no memory to share."""
+    return torch_sharded.identity(value) if is_sharded(value) else torch_memory.identity(value)
 
 
 def owns(target: Any) -> bool:
@@ -248,6 +201,22 @@ def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:
     return None
 
 
+def wanted(target: Any, sketch: Callable[[], Any], path: str, tracked: Mapping[str, Any]) -> dict[str, tuple[Box, ...]]:
+    """Of the saved leaves of a target, the boxes that its DTensors hold here."""
+    if isinstance(target, torch.optim.Optimizer):
+        return torch_optim.wanted(target, sketch, tracked)
+    if not isinstance(target, torch.nn.Module):
+        return _wanted_by_other(target, sketch)
+    torch_sharded.settle(target)
+    if not any(map(is_sharded, (*target.parameters(), *target.buffers()))):
+        return {}
+    found, state = _entries(target, path), sketch()
+    if found is None or not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        return {}  # `apply` says what is wrong
+    given = {name: state[key] for key, name in torch_optim.canonical(state).items()}
+    return torch_sharded.wanted((current, given.get(name)) for name, (_, current) in found[0].items())
+
+
 def apply(
     target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
 ) -> Callable[[], None] | None:
@@ -257,11 +226,24 @@ def apply(
         return torch_optim.apply(target, state, path, tracked, report)
     if isinstance(target, torch.Generator):
         return _apply_generator(target, state, path, report)
-    return None
+    if not any(isinstance(one, Boxed) for one, _ in torch_sharded.side_by_side(state, state)):
+        return None
+    report.loaded.append(path)
+    return lambda: _no_answer(target.load_state_dict(torch_sharded.cut_alike(target.state_dict(), state)))
+
+
+def _wanted_by_other(target: Any, sketch: Callable[[], Any]) -> dict[str, tuple[Box, ...]]:
+    """An object with a state_dict of its own gets DTensors back where it gave some, and is asked only then."""
+    if not torch_sharded.in_use() or isinstance(target, (type, tuple)) or not hasattr(target, "load_state_dict"):
+        return {}
+    saved = sketch()
+    if not any(isinstance(one, Leaf) and one.boxes for one, _ in torch_sharded.side_by_side(saved, saved)):
+        return {}
+    return torch_sharded.wanted(torch_sharded.side_by_side(target.state_dict(), saved))
 
 
 def _apply_generator(target: torch.Generator, state: Any, path: str, report: LoadReport) -> Callable[[], None]:
-    value = _fit(target.get_state(), state)
+    value = fit(target.get_state(), state)
     (report.reshaped if value is None else report.loaded).append(path)
     return lambda: None if value is None else _no_answer(target.set_state(value))
 
@@ -276,7 +258,7 @@ def _refuse_module(module: torch.nn.Module, path: str) -> None:
             raise Unsupported(
                 "FullyShardedDataParallel gives its state only by talking to the other ranks",
                 where=join(path, name) if name else path,
-                do="gather a full state_dict and save it with save(state=…), or wrap with DistributedDataParallel",
+                do="shard with fully_shard (FSDP2), which is saved as it is; or give a full state_dict to save(state=)",
             )
     for members in (module.named_parameters(), module.named_buffers()):
         for name, value in members:
@@ -307,8 +289,9 @@ def _capture_module(module: torch.nn.Module, path: str) -> dict[str, Roled] | No
         for key, value in members:
             roles[key] = roles[identity(value)] = role
     roles[None] = "other"
+    shared = torch_sharded.shared_names(module)
     return {
-        name: Roled(roles.get(key) or roles.get(identity(value), "other"), value)
+        name: Roled(roles.get(key) or roles.get(identity(value), "other"), torch_sharded.shared(value, shared.get(key)))
         for name, (key, value) in found[0].items()
     }
 
@@ -337,12 +320,16 @@ def _apply_module(module: torch.nn.Module, state: Any, path: str, report: LoadRe
         else:
             report.loaded.append(join(path, name))
             fitting[key] = value
-            first, place = saved.setdefault(id(value), (name, identity(current)))
+            first, place = saved.setdefault(id(given[name]), (name, identity(current)))
             if isinstance(value, Tensor) and place != identity(current):
                 report.inexact.append(f"{join(path, name)} was one tensor with {join(path, first)}, and is not here")
     report.unexpected += [join(path, name) for name in given if name not in own]
     fitting._metadata = versions  # type: ignore[attr-defined]
     return lambda: _place_module(module, fitting, path)
+
+
+def _fit(current: Tensor, value: Any) -> Any:
+    return torch_sharded.made(current, value) if is_sharded(current) else fit(current, value)
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -353,6 +340,7 @@ def _same(first: Any, second: Any) -> bool:
 
 
 def _bytes(value: Tensor) -> Array:
+    value = torch_sharded.local(value) if is_sharded(value) else value
     data = np.empty(value.numel() * value.dtype.itemsize, np.uint8)
     copy(value.detach(), data)
     return data
@@ -373,24 +361,6 @@ def _place_module(module: torch.nn.Module, fitting: dict[str, Any], path: str) -
         raise Mismatch(f"load_state_dict left out {', '.join(left[:5])}", where=path, do="make the model as it was")
 
 
-def _fit(current: Tensor, value: Any) -> Tensor | None:
-    """The value as a tensor of just the same shape and type as the current one, or None."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = _from_numpy(np.asarray(value))
-    if not isinstance(value, Tensor) or value.layout != current.layout or value.is_quantized != current.is_quantized:
-        return None
-    return value if value.shape == current.shape and value.dtype == current.dtype else None
-
-
-def _from_numpy(array: Array) -> Tensor | None:
-    array = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    dtype = None if array.dtype.hasobject else _DTYPES.get(name_of(array.dtype))
-    if dtype is None:
-        return None
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return build(Leaf("", name_of(array.dtype), array.shape, "other"), data)
-
-
 def not_captured(target: Any, path: str) -> list[str]:
     """What of a tracked object a save leaves out, as sentences."""
     if isinstance(target, torch.optim.Optimizer):
@@ -399,7 +369,7 @@ def not_captured(target: Any, path: str) -> list[str]:
     if found is None:
         return []
     kept = {key for key, _ in found[0].values()} | {identity(value) for _, value in found[0].values()}
-    return [
+    return torch_sharded.lost_buffers(target, path) + [
         f"{path}.{name}: {what}"
         for members, what in (
             (target.named_buffers(remove_duplicate=False), "non-persistent buffer"),

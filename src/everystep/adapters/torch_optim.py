@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from everystep.adapters import Boxed, torch_sharded
 from everystep.errors import Mismatch, Unsupported
-from everystep.schema import LoadReport, Roled
+from everystep.schema import Box, Leaf, LoadReport, Roled
 from everystep.schema.tree import join
 
 Tensor = torch.Tensor
@@ -57,6 +58,7 @@ def aliases(tracked: Mapping[str, Any]) -> dict[int, list[str]]:
     found: dict[int, list[str]] = {}
     for title, module in tracked.items():
         if isinstance(module, torch.nn.Module):
+            torch_sharded.settle(module)
             named = dict(module.named_parameters(remove_duplicate=False))
             for key, name in canonical(named, wrapper_keys(module)).items():
                 found.setdefault(id(named[key]), []).append(f"{title}.{name}")
@@ -95,8 +97,15 @@ def capture(optimizer: Optimizer, path: str, tracked: Mapping[str, Any]) -> Role
             f"two parameters have the name {twice!r}", where=path, do="track the modules under names without dots"
         )
     params = [param for group in optimizer.param_groups for param in group["params"]]
+    # Equal gradients make equal states in torch's own optimizers; another may keep what is of one rank alone.
+    own = type(optimizer).__module__.startswith("torch.optim.")
+    alike = torch_sharded.shared_params(tracked.values()) if own else {}
     out: dict[str, Any] = {
-        "state": {names[id(param)]: _entry(optimizer.state[param]) for param in params if param in optimizer.state},
+        "state": {
+            names[id(param)]: _entry(optimizer.state[param], alike.get(id(param)))
+            for param in params
+            if param in optimizer.state
+        },
         "groups": [
             {**_options(group), "params": [names[id(param)] for param in group["params"]]}
             for group in optimizer.param_groups
@@ -107,8 +116,10 @@ def capture(optimizer: Optimizer, path: str, tracked: Mapping[str, Any]) -> Role
     return Roled("optimizer", {**out, "other": other} if other else out)
 
 
-def _entry(entries: Any) -> Any:
-    return dict(entries) if isinstance(entries, Mapping) else entries
+def _entry(entries: Any, share: tuple[int, int, bool] | None) -> Any:
+    if not isinstance(entries, Mapping):
+        return entries
+    return {key: torch_sharded.shared(value, share) for key, value in entries.items()}
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,12 +135,46 @@ def not_captured(optimizer: Optimizer, path: str) -> list[str]:
     return [f"{path}: state of {len(stale)} parameters that are in no group of the optimizer"]
 
 
+def wanted(optimizer: Optimizer, sketch: Callable[[], Any], tracked: Mapping[str, Any]) -> dict[str, tuple[Box, ...]]:
+    """Of the saved leaves, the boxes that the state of parameters holds here that are DTensors."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if _is_foreign(optimizer) or not any(map(torch_sharded.is_sharded, params)):
+        return {}
+    state = sketch()
+    try:
+        state = _by_position(state) if "param_groups" in state else state
+        found = _match_params(optimizer, state, "", _names(optimizer, tracked), LoadReport())
+        saved = state["state"]
+        return torch_sharded.wanted(
+            pair for name, param in found.items() for pair in _pairs(optimizer.state.get(param), saved.get(name), param)
+        )
+    except (AttributeError, KeyError, TypeError):
+        return {}  # `apply` says what is wrong
+
+
+def _pairs(current: Any, saved: Any, param: Tensor) -> Iterator[tuple[Any, Any]]:
+    """(the DTensor that says how it is cut, or None; the saved leaf) of the state of one parameter."""
+    if isinstance(saved, Leaf):
+        yield torch_sharded.template(current, param, saved), saved
+    elif isinstance(saved, Mapping):
+        old = current if isinstance(current, Mapping) else {}
+        for key, leaf in saved.items():
+            if isinstance(leaf, Leaf):
+                yield torch_sharded.template(old.get(key), _shaping(param, key), leaf), leaf
+
+
+def _shaping(param: Tensor, key: Any) -> Tensor | None:
+    """The parameter that says how an entry of its state is cut; counters of steps are on every rank."""
+    return None if key == "step" else param
+
+
 def apply(
     optimizer: Optimizer, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
 ) -> Callable[[], None]:
     if _is_foreign(optimizer):
         report.loaded.append(path)
-        params = (param for group in optimizer.param_groups for param in group["params"])
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        state = _cut_by_position(state, params)
         if any(param.is_floating_point() and param.dtype.itemsize < 4 for param in params):
             report.inexact.append(f"{path} has its own load_state_dict: torch's casts state to the parameters' type")
         return lambda: optimizer.load_state_dict(state)
@@ -146,6 +191,21 @@ def apply(
             f"not the state of an optimizer: {error!r}", where=path, do="was it saved by this name?"
         ) from error
     return lambda: _place(optimizer, plan)
+
+
+def _cut_by_position(state: Any, params: list[Tensor]) -> Any:
+    """What torch's own state_dict() gave, with the state of DTensors cut as they are."""
+    if not any(map(torch_sharded.is_sharded, params)) or not isinstance(state, Mapping) or "param_groups" not in state:
+        return state
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    own = dict(zip(numbers, params))
+    entries = {
+        number: {key: torch_sharded.cut_alike(_shaping(own[number], key), one) for key, one in value.items()}
+        if number in own and isinstance(value, Mapping)
+        else value
+        for number, value in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def _by_position(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +326,7 @@ def _place(optimizer: Optimizer, plan: _Plan) -> None:
                 continue
             old = current if isinstance(current, Mapping) else {}
             optimizer.state[param] = {
-                key: placer.put(old.get(key), value, param, _device(group, param, key))
+                key: placer.put(old.get(key), value, _shaping(param, key), _device(group, param, key))
                 for key, value in entries.items()
             }
         for key, value in plan.other.items():
@@ -285,13 +345,17 @@ class _Placer:
     """Puts saved values in the place of current ones: tensors that fit are filled in place, exactly and never cast."""
 
     def __init__(self) -> None:
-        self.placed: dict[int, Tensor] = {}
+        self.placed: dict[int, Any] = {}
         self.filled: set[int] = set()
 
     def put(self, current: Any, value: Any, param: Tensor | None = None, device: torch.device | None = None) -> Any:
-        if isinstance(value, Tensor):
+        if isinstance(value, (Tensor, Boxed)):
             if id(value) not in self.placed:
-                self.placed[id(value)] = self._tensor(current, value, param, device)
+                like = torch_sharded.template(current, param, value)
+                if like is not None or isinstance(value, Boxed):
+                    self.placed[id(value)] = self._shard(current, value, like)
+                else:
+                    self.placed[id(value)] = self._tensor(current, value, param, device)
             return self.placed[id(value)]
         if type(value) is dict:
             inner = current if isinstance(current, Mapping) else {}
@@ -300,6 +364,19 @@ class _Placer:
             parts = current if type(current) is type(value) and len(current) == len(value) else [None] * len(value)
             return type(value)(self.put(old, one, param, device) for old, one in zip(parts, value))
         return value
+
+    def _shard(self, current: Any, value: Any, like: Any) -> Any:
+        """A DTensor that is cut as `like`: the current one, if it can take the value."""
+        dtype = torch_sharded.element_type(value)
+        placed = None
+        if current is like and like is not None and current.dtype == dtype and id(current) not in self.filled:
+            self.filled.add(id(current))
+            placed = current if torch_sharded.fill(current, value) else None
+        elif like is not None:
+            placed = torch_sharded.made(like, value, dtype)
+        if placed is None:
+            raise Mismatch(f"torch cannot hold {dtype or 'what was saved'} here", do='load it with like="numpy"')
+        return placed
 
     def _tensor(self, current: Any, value: Tensor, param: Tensor | None, device: torch.device | None) -> Tensor:
         if self._fits(current, value, param):

@@ -1,16 +1,17 @@
-"""Fetch leaves: which chunks hold them, read and verified in parallel, put together from the boxes of all ranks."""
+"""Fetch leaves, or boxes of them: which chunks hold them, read and verified in parallel, put where they belong."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from everystep.errors import Damaged, Mismatch
+from everystep.restore.boxes import Range, boxes_of, common, range_of, within, without
 from everystep.restore.room import make_rooms
 from everystep.schema import Box, Leaf, Region
 from everystep.schema.dtype import parse
@@ -19,25 +20,7 @@ from everystep.vault import Manifest, PartView, RunVault
 
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int], None]
-
-
-@dataclass(eq=False)
-class _Piece:
-    """A box of a leaf, and the memory that its bytes go into: a part of the whole leaf's, if that can be."""
-
-    view: PartView
-    leaf: Leaf
-    region: Region
-    buffer: Array | None = None
-
-    def holds(self, start: int, stop: int) -> bool:
-        """Whether bytes [start, stop) of the stream are all its own."""
-        return self.region.start <= start and stop <= self.region.start + self.region.nbytes
-
-    def span(self, start: int, stop: int) -> Array:
-        """The memory of bytes [start, stop) of the stream."""
-        assert self.buffer is not None
-        return self.buffer[start - self.region.start : stop - self.region.start]
+_WORDS = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 
 
 def fetch_leaves(
@@ -48,158 +31,281 @@ def fetch_leaves(
     Args:
         progress: told the number of plain bytes as they come in.
     """
-    pieces = _find(manifest, paths)
-    wholes = _make_room(pieces)
-    by_view: dict[int, list[_Piece]] = {}
-    for piece in chain.from_iterable(pieces.values()):
-        by_view.setdefault(id(piece.view), []).append(piece)
+    found = fetch_boxes(vault, manifest, dict.fromkeys(paths), pool, progress)
+    return {path: arrays[0] for path, arrays in found.items()}
+
+
+def fetch_boxes(
+    vault: RunVault,
+    manifest: Manifest,
+    wanted: Mapping[str, Sequence[Box] | None],
+    pool: Pool,
+    progress: Progress | None = None,
+) -> dict[str, list[Array]]:
+    """path -> the bytes of each box that is wanted of the leaf there. Only chunks that hold some of them are read.
+
+    Args:
+        wanted: by path, boxes at global coordinates; None for the whole leaf.
+
+    Raises:
+        Damaged: if no rank holds a leaf, or all together too little of it.
+        Mismatch: if what they hold belongs to leaves of different shapes.
+    """
+    targets: dict[str, list[_Target]] = {}
+    parts: list[_Part] = []
+    for path, sources in _find(manifest, wanted).items():
+        leaf, boxes = sources[0].leaf, wanted[path]
+        targets[path] = [_Target(path, leaf, box) for box in ((Box.whole(leaf.shape),) if boxes is None else boxes)]
+        for target in targets[path]:
+            parts += _plan(target, sources)
+    _make_room(target for own in targets.values() for target in own)
+    by_view: dict[int, list[_Part]] = {}
+    for part in parts:
+        by_view.setdefault(id(part.view), []).append(part)
     for view in manifest.views:
         placing = _Placing(view, by_view.get(id(view), []))
         for done in vault.read_chunks(view, sorted(placing.users), pool, placing):
             if progress is not None:
                 progress(sum(view.layout.chunks[index].nbytes for index in done))
-    return {path: wholes[path] if path in wholes else _assembled(found, path) for path, found in pieces.items()}
+    return {path: [target.room for target in own] for path, own in targets.items()}
 
 
-# which boxes, and where they go ------------------------------------------------------------------------------------
+# what is there, and what is wanted -----------------------------------------------------------------------------------
 
 
-def _find(manifest: Manifest, paths: Iterable[str]) -> dict[str, list[_Piece]]:
-    """path -> the boxes of the leaf there; of replicas that of the lowest rank.
+@dataclass(eq=False, slots=True)
+class _Source:
+    """A box of a leaf, as a rank has saved it."""
 
-    Raises:
-        Damaged: if no rank holds it, or all together too little of it.
-        Mismatch: if they belong to leaves of different shapes.
-    """
-    found: dict[str, dict[Box, _Piece]] = {path: {} for path in paths}
+    view: PartView
+    leaf: Leaf
+    region: Region
+
+
+def _find(manifest: Manifest, paths: Iterable[str]) -> dict[str, list[_Source]]:
+    """path -> the boxes of the leaf there, those of lower ranks first; of replicas that of the lowest."""
+    found: dict[str, dict[Box, _Source]] = {path: {} for path in paths}
     for view in manifest.views:
+        leaves = view.tree.leaves
         for region in view.layout.regions:
-            leaf = view.tree.leaves[region.leaf]
+            leaf = leaves[region.leaf]
             if leaf.path in found:
-                found[leaf.path].setdefault(region.box, _Piece(view, leaf, region))
-    pieces = {path: list(boxes.values()) for path, boxes in found.items()}
-    for path, held in pieces.items():
+                found[leaf.path].setdefault(region.box, _Source(view, leaf, region))
+    sources = {path: list(boxes.values()) for path, boxes in found.items()}
+    for path, held in sources.items():
         _check(held, path)
-    return pieces
+    return sources
 
 
-def _check(pieces: list[_Piece], path: str) -> None:
-    if not pieces:
+def _check(sources: list[_Source], path: str) -> None:
+    if not sources:
         raise Damaged("no rank holds this leaf", where=path, do="run fsck")
-    leaf = pieces[0].leaf
-    if any((piece.leaf.shape, piece.leaf.dtype) != (leaf.shape, leaf.dtype) for piece in pieces):
+    leaf = sources[0].leaf
+    if any((one.leaf.shape, one.leaf.dtype) != (leaf.shape, leaf.dtype) for one in sources):
         raise Mismatch("ranks saved this leaf with different shapes", where=path, do="save it under one path per shape")
-    elements, held = math.prod(leaf.shape), sum(piece.region.box.size for piece in pieces)
+    elements, held = math.prod(leaf.shape), sum(one.region.box.size for one in sources)
     if held < elements:  # before memory is taken for the shape, which may be a lie
         raise _uncovered(held, elements, path)
 
 
-def _make_room(pieces: dict[str, list[_Piece]]) -> dict[str, Array]:
-    """Gives each piece its memory, leaves of one role together.
+class _Target:
+    """A box of a leaf that is wanted, and the memory for it."""
 
-    Returns:
-        path -> the memory of the whole leaf, where its pieces are parts of that.
-    """
-    tiled = {path for path, found in pieces.items() if _tile(found)}
-    wanted: dict[str, list[tuple[str, int, list[_Piece]]]] = {}
-    for path, found in pieces.items():
-        for mine in [found] if path in tiled else [[piece] for piece in found]:
-            nbytes = sum(piece.region.nbytes for piece in mine)
-            wanted.setdefault(found[0].leaf.role, []).append((path, nbytes, mine))
-    wholes: dict[str, Array] = {}
-    for rows in wanted.values():
-        for (path, _, mine), room in zip(rows, make_rooms([nbytes for _, nbytes, _ in rows])):
-            if path in tiled:
-                wholes[path] = room
-            at = 0
-            for piece in mine:
-                piece.buffer = room[at : at + piece.region.nbytes]
-                at += piece.region.nbytes
-    return wholes
+    __slots__ = ("box", "itemsize", "leaf", "nbytes", "path", "room")
+
+    def __init__(self, path: str, leaf: Leaf, box: Box) -> None:
+        self.path, self.leaf, self.box = path, leaf, box
+        self.itemsize = _itemsize(leaf.dtype)
+        self.nbytes = box.size * self.itemsize
+        self.room: Array
+
+    @property
+    def grid(self) -> Array:
+        """The memory in the box's shape, element by element."""
+        return self.room.view(_word(self.itemsize)).reshape(self.box.shape)
 
 
-def _tile(pieces: list[_Piece]) -> bool:
-    """Whether the pieces, which are put into that order, lie one behind the other in the leaf and make up all of it."""
-    shape = pieces[0].leaf.shape
-    if len(pieces) == 1 and pieces[0].region.box.shape == shape:
-        return True
-    starts = {piece: _start(piece.region.box, shape) for piece in pieces}
-    if any(start is None for start in starts.values()):
-        return False
-    ordered = sorted(pieces, key=lambda piece: (starts[piece], piece.region.box.size))
-    end = 0
-    for piece in ordered:
-        if starts[piece] != end:
-            return False
-        end += piece.region.box.size
-    pieces[:] = ordered
-    return end == math.prod(shape)
+def _make_room(targets: Iterable[_Target]) -> None:
+    """Gives each its memory, leaves of one role together."""
+    by_role: dict[str, list[_Target]] = {}
+    for target in targets:
+        by_role.setdefault(target.leaf.role, []).append(target)
+    for own in by_role.values():
+        for target, room in zip(own, make_rooms([target.nbytes for target in own])):
+            target.room = room
 
 
-def _start(box: Box, shape: tuple[int, ...]) -> int | None:
-    """The first element of a box whose elements lie together in the leaf, in C order; None for another."""
-    if box.flat:
-        return box.start[0]
-    start, stride, whole = 0, 1, True
-    for at, size, length in zip(reversed(box.start), reversed(box.shape), reversed(shape)):
-        if not whole and size != 1:
+@lru_cache(maxsize=256)
+def _itemsize(dtype: str) -> int:
+    return parse(dtype).itemsize
+
+
+def _word(itemsize: int) -> np.dtype[Any]:
+    return _WORDS.get(itemsize) or np.dtype((np.void, itemsize))
+
+
+# which parts of what is there make up what is wanted -----------------------------------------------------------------
+
+
+@dataclass(eq=False, slots=True)
+class _Span:
+    """Bytes that lie together in a stream, and together in what is wanted: there from `at` on."""
+
+    view: PartView
+    region: Region
+    target: _Target
+    at: int
+
+    def room(self, start: int, stop: int) -> Array | None:
+        """The memory of bytes [start, stop) of the stream, if they all have theirs here."""
+        begin = start - self.region.start
+        if begin < 0 or stop > self.region.start + self.region.nbytes:
             return None
-        start, stride, whole = start + at * stride, stride * length, whole and size == length
-    return start
+        return self.target.room[self.at + begin : self.at + begin + stop - start]
+
+    def take(self, first: int, data: Array) -> None:
+        """The bytes of the stream from `first` on, of which some are its own."""
+        start = max(first, self.region.start)
+        stop = min(first + data.nbytes, self.region.start + self.region.nbytes)
+        at = self.at + start - self.region.start
+        self.target.room[at : at + stop - start] = data[start - first : stop - first]
+
+    def chunks(self) -> Iterable[int]:
+        return self.view.layout.chunks_of(self.region)
 
 
-# what goes there ---------------------------------------------------------------------------------------------------
+@dataclass(eq=False, slots=True)
+class _Cut:
+    """A box of which a part is wanted, where elements that lie together in one lie apart in the other."""
+
+    view: PartView
+    region: Region
+    target: _Target
+    free: Array | None
+    """Of what is wanted, the elements that no lower rank brings; None for all."""
+
+    def room(self, start: int, stop: int) -> Array | None:
+        return None
+
+    def take(self, first: int, data: Array) -> None:
+        grid, size = self.target.grid, self.target.itemsize
+        begin = max(self.region.start - first, 0)
+        end = min(self.region.start + self.region.nbytes - first, data.nbytes)
+        elements = data[begin:end].view(_word(size))
+        offset = first + begin - self.region.start
+        at = 0
+        for box in self._boxes(offset // size, offset // size + len(elements)):
+            found = common(box, self.target.box)
+            if found is not None:
+                source = elements[at : at + box.size].reshape(box.shape)[within(found, box).index()]
+                where = within(found, self.target.box).index()
+                np.copyto(grid[where], source, where=True if self.free is None else self.free[where])
+            at += box.size
+
+    def chunks(self) -> Iterable[int]:
+        """Those that hold some of what is wanted."""
+        layout, size = self.view.layout, self.target.itemsize
+        for index in layout.chunks_of(self.region):
+            start = max(layout.chunks[index].start - self.region.start, 0)
+            stop = min(layout.chunks[index].start + layout.chunks[index].nbytes - self.region.start, self.region.nbytes)
+            if any(common(box, self.target.box) for box in self._boxes(start // size, stop // size)):
+                yield index
+
+    def _boxes(self, start: int, stop: int) -> Iterator[Box]:
+        """The boxes of the leaf that elements [start, stop) of the region are."""
+        own = self.region.box
+        if own.flat:
+            yield from boxes_of(own.start[0] + start, own.start[0] + stop, self.target.leaf.shape)
+            return
+        for box in boxes_of(start, stop, own.shape):
+            yield Box(tuple(a + b for a, b in zip(box.start, own.start)), box.shape)
 
 
-class _Placing:
-    """Puts the chunks of one part where they belong; threads write to different bytes."""
-
-    def __init__(self, view: PartView, pieces: list[_Piece]) -> None:
-        self._chunks = view.layout.chunks
-        self.users: dict[int, list[_Piece]] = {}
-        for piece in pieces:
-            for index in view.layout.chunks_of(piece.region):
-                self.users.setdefault(index, []).append(piece)
-
-    def room(self, index: int) -> Array | None:
-        chunk, (user, *others) = self._chunks[index], self.users[index]
-        stop = chunk.start + chunk.nbytes
-        return user.span(chunk.start, stop) if not others and user.holds(chunk.start, stop) else None
-
-    def take(self, index: int, data: Array) -> None:
-        first = self._chunks[index].start
-        for piece in self.users[index]:
-            start = max(first, piece.region.start)
-            stop = min(first + data.nbytes, piece.region.start + piece.region.nbytes)
-            piece.span(start, stop)[:] = data[start - first : stop - first]
+_Part = _Span | _Cut
 
 
-def _assembled(pieces: list[_Piece], path: str) -> Array:
-    """One leaf from boxes of any form, which may overlap.
+def _plan(target: _Target, sources: list[_Source]) -> list[_Part]:
+    """The parts that bring each wanted element once, from the lowest rank that holds it.
 
     Raises:
-        Damaged: if they do not cover it.
+        Damaged: if nobody holds some of them.
     """
-    leaf = pieces[0].leaf
-    elements = math.prod(leaf.shape)
-    dtype = np.dtype((np.void, parse(leaf.dtype).itemsize))
-    out = np.empty(elements * dtype.itemsize, np.uint8)
-    if not dtype.itemsize:
-        return out
-    covered = np.zeros(elements, bool)
-    for piece in pieces:
-        box, buffer = piece.region.box, piece.buffer
-        _shaped(covered, leaf, box)[box.index()] = True
-        if buffer is not None and buffer.nbytes:
-            _shaped(out.view(dtype), leaf, box)[box.index()] = buffer.view(dtype).reshape(box.shape)
+    if not target.nbytes:
+        return []
+    for source in sources:
+        if source.region.box == target.box:
+            return [_Span(source.view, source.region, target, 0)]
+    span = range_of(target.box, target.leaf.shape)
+    ranges = [range_of(source.region.box, target.leaf.shape) for source in sources] if span is not None else []
+    if span is None or None in ranges:
+        return _cuts(target, sources)
+    return _spans(target, span, [(source, held) for source, held in zip(sources, ranges) if held is not None])
+
+
+def _spans(target: _Target, span: Range, sources: list[tuple[_Source, Range]]) -> list[_Part]:
+    taken: list[Range] = []
+    parts: list[_Part] = []
+    size = target.itemsize
+    for source, (start, stop) in sources:
+        first, last = max(start, span[0]), min(stop, span[1])
+        for a, b in without((first, last), taken) if first < last else ():
+            region = source.region
+            piece = Region(region.leaf, region.box, region.stream, region.start + (a - start) * size, (b - a) * size)
+            parts.append(_Span(source.view, piece, target, (a - span[0]) * size))
+    held = sum(stop - start for start, stop in taken)
+    if held < target.box.size:
+        raise _uncovered(held, target.box.size, target.path)
+    return parts
+
+
+def _cuts(target: _Target, sources: list[_Source]) -> list[_Part]:
+    shape = target.leaf.shape
+    found: list[tuple[_Source, list[Box]]] = []
+    for source in sources:
+        box = source.region.box
+        pieces = boxes_of(box.start[0], box.start[0] + box.size, shape) if box.flat else (box,)
+        mine = [both for piece in pieces if (both := common(piece, target.box)) is not None]
+        if mine:
+            found.append((source, mine))
+    held = sum(box.size for _, mine in found for box in mine)
+    if held < target.box.size:  # before memory is taken for a shape that may be a lie
+        raise _uncovered(held, target.box.size, target.path)
+    covered = np.zeros(target.box.shape, bool)
+    parts: list[_Part] = []
+    for source, mine in found:
+        places = [within(box, target.box).index() for box in mine]
+        overlaps = any(covered[place].any() for place in places)
+        free = ~covered if overlaps else None
+        if free is None or any(free[place].any() for place in places):
+            parts.append(_Cut(source.view, source.region, target, free))
+        for place in places:
+            covered[place] = True
     if not covered.all():
-        raise _uncovered(int(covered.sum()), elements, path)
-    return out
+        raise _uncovered(int(covered.sum()), target.box.size, target.path)
+    return parts
 
 
 def _uncovered(held: int, elements: int, path: str) -> Damaged:
     return Damaged(f"the ranks hold {held} of {elements} elements of this leaf", where=path, do="run fsck")
 
 
-def _shaped(flat: Array, leaf: Leaf, box: Box) -> Array:
-    return flat if box.flat else flat.reshape(leaf.shape)
+# chunk by chunk ------------------------------------------------------------------------------------------------------
+
+
+class _Placing:
+    """Puts the chunks of one part where they belong; threads write to different bytes."""
+
+    def __init__(self, view: PartView, parts: list[_Part]) -> None:
+        self._chunks = view.layout.chunks
+        self.users: dict[int, list[_Part]] = {}
+        for part in parts:
+            for index in part.chunks():
+                self.users.setdefault(index, []).append(part)
+
+    def room(self, index: int) -> Array | None:
+        chunk, (user, *others) = self._chunks[index], self.users[index]
+        return user.room(chunk.start, chunk.start + chunk.nbytes) if not others else None
+
+    def take(self, index: int, data: Array) -> None:
+        for user in self.users[index]:
+            user.take(self._chunks[index].start, data)

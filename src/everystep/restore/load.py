@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, reduce
@@ -14,13 +14,17 @@ import numpy as np
 from everystep import adapters
 from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import CheckpointRetired, Damaged, NotFound, ObjectMissing, UsageError
-from everystep.restore.fetch import Progress, fetch_leaves
-from everystep.schema import Composite, Leaf, Region, Tree, paths_of, select, unflatten, without
+from everystep.restore.fetch import Progress, fetch_boxes, fetch_leaves
+from everystep.schema import Box, Composite, Leaf, Region, Tree, paths_of, select, unflatten, without
 from everystep.seam import Pool
 from everystep.vault import Committed, Manifest, PartView, RunVault
 from everystep.vault.record import Attach
 
 T = TypeVar("T")
+Array = np.ndarray[Any, Any]
+Held = Array | dict[Box, Array]
+"""The bytes of a leaf, or of those of its boxes that are wanted."""
+Boxes = Mapping[str, Sequence[Box]]
 _LIKES = {"torch": "torch.tensor", "tensorflow": "tensorflow.tensor", "jax": "jax.array"}
 LIKES = ("numpy", *_LIKES, "saved")
 KEPT = "kept"
@@ -89,19 +93,24 @@ class Opened:
         like: str = "numpy",
         types: Sequence[type] = (),
         progress: Progress | None = None,
+        boxes: Mapping[str, Boxes] | None = None,
     ) -> dict[str, Any]:
-        """path -> the part of the state under it, as `build` gives it; all read at once. No two share memory."""
+        """path -> the part of the state under it, as `build` gives it; all read at once. No two share memory.
+
+        Args:
+            boxes: by path, the leaves below it of which only boxes are wanted: they are `adapters.Boxed`.
+        """
         if like not in LIKES and like != KEPT:
             raise UsageError(f"like={like!r} is not known", do=f"one of {', '.join(LIKES)}")
         trees = {path: self._trees(path) for path in paths}
         names = {path: {leaf.path for tree in found for leaf in _leaves(tree)} for path, found in trees.items()}
-        wanted = set[str]().union(*names.values())
-        data: dict[str, np.ndarray[Any, Any]] = {}
+        wanted = _wanted(names, boxes or {})
+        data: dict[str, list[Array]] = {}
         if wanted:
-            data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, wanted, pool, progress))
+            data = self._read(lambda pool: fetch_boxes(self._vault, self.manifest, wanted, pool, progress))
         built, unused = {}, set(wanted)
         for path, found in trees.items():
-            own = {name: data[name] if name in unused else data[name].copy() for name in names[path]}
+            own = {name: _held(data[name], wanted[name], copied=name not in unused) for name in names[path]}
             unused -= names[path]
             built[path] = reduce(_merge, [_build(tree, own, like, types) for tree in found])
         return built
@@ -115,7 +124,7 @@ class Opened:
                     found.setdefault(leaf.path, leaf)
         return list(found.values())
 
-    def arrays(self, paths: Sequence[str], progress: Progress | None = None) -> dict[str, np.ndarray[Any, Any]]:
+    def arrays(self, paths: Sequence[str], progress: Progress | None = None) -> dict[str, Array]:
         """path -> the leaf there as an array, whatever else it was."""
         leaves = {leaf.path: msgspec.structs.replace(leaf, kind="array") for leaf in self.leaves()}
         data = self._read(lambda pool: fetch_leaves(self._vault, self.manifest, paths, pool, progress))
@@ -145,12 +154,18 @@ class Opened:
         Raises:
             NotFound: naming the nearest paths.
         """
-        whole, *others = [
-            unflatten(tree, lambda index: np.empty(0), lambda composite: composite.parts) for tree in self._trees(path)
+        return self._drawn(path, lambda leaf: np.empty(0))
+
+    def sketch(self, path: str) -> Any:
+        """The same with the leaves' descriptions in place of them."""
+        return self._drawn(path, lambda leaf: leaf)
+
+    def _drawn(self, path: str, draw: Callable[[Leaf], Any]) -> Any:
+        drawn = [
+            unflatten(tree, lambda index: draw(tree.leaves[index]), lambda composite: composite.parts)  # noqa: B023
+            for tree in self._trees(path)
         ]
-        for other in others:
-            whole = _merge(whole, other)
-        return whole
+        return reduce(_merge, drawn)
 
     def verify(self, progress: Progress | None = None) -> int:
         """Reads and checks every chunk; the number of plain bytes."""
@@ -194,6 +209,8 @@ class Opened:
         """The part under a path, of every rank that has one, as far as it is still there."""
         spans = [(view.tree, view.paths[path]) for view in self.manifest.views if path in view.paths]
         trees = [replace(tree, nodes=tree.nodes[start:end]) for tree, (start, end) in spans] or [self._select(path)]
+        # Ranks that hold boxes of the same leaves have the same nodes: whatever the first says of them counts.
+        trees = [tree for number, tree in enumerate(trees) if not number or tree.nodes != trees[0].nodes]
         if not self.thin:
             return trees
         kept = [without(tree, path, _is_optimizer, ("", STATE)) for tree in trees]
@@ -218,6 +235,22 @@ class Opened:
                 self._commit, views = again._commit, again.manifest.views
                 mine = tuple(view for view in views if self._rank in (None, view.rank))
                 self.manifest = replace(again.manifest, views=mine)
+
+
+def _wanted(names: Mapping[str, set[str]], boxes: Mapping[str, Boxes]) -> dict[str, Sequence[Box] | None]:
+    """Leaf -> the boxes that are wanted of it; None where anybody wants all of it."""
+    wanted: dict[str, Sequence[Box] | None] = {}
+    for path, own in names.items():
+        for name in own:
+            mine = boxes[path].get(name) if path in boxes else None
+            others = wanted.get(name, ())
+            wanted[name] = None if mine is None or others is None else tuple(dict.fromkeys((*others, *mine)))
+    return wanted
+
+
+def _held(arrays: list[Array], boxes: Sequence[Box] | None, *, copied: bool) -> Held:
+    arrays = [array.copy() for array in arrays] if copied else arrays
+    return arrays[0] if boxes is None else dict(zip(boxes, arrays))
 
 
 def _leaves(tree: Tree) -> Iterator[Leaf]:
@@ -278,7 +311,7 @@ def _moved(vault: RunVault, commit: Committed, error: ObjectMissing, *, thin: bo
     raise Damaged(f"the checkpoint of step {event.step} has lost a file", where=error.where, do="run fsck") from error
 
 
-def _build(tree: Tree, data: dict[str, np.ndarray[Any, Any]], like: str, types: Sequence[type]) -> Any:
+def _build(tree: Tree, data: dict[str, Held], like: str, types: Sequence[type]) -> Any:
     made: dict[int, Any] = {}
 
     def leaf(index: int) -> Any:
@@ -295,8 +328,11 @@ def _build(tree: Tree, data: dict[str, np.ndarray[Any, Any]], like: str, types: 
     return unflatten(tree, leaf, compose, types)
 
 
-def _leaf(leaf: Leaf, data: np.ndarray[Any, Any], like: str) -> Any:
-    build: Callable[[Leaf, np.ndarray[Any, Any]], Any]
+def _leaf(leaf: Leaf, data: Held, like: str) -> Any:
+    if isinstance(data, dict):
+        of_box = {box: msgspec.structs.replace(leaf, shape=box.shape, boxes=()) for box in data}
+        return adapters.Boxed(leaf, {box: _leaf(of_box[box], array, like) for box, array in data.items()})
+    build: Callable[[Leaf, Array], Any]
     if leaf.kind in ("bytes", "str"):
         return numpy_adapter.build(leaf, data)
     if like == KEPT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from everystep import adapters
@@ -38,7 +39,13 @@ def place_tracked(
     if whole:
         report.unexpected += [name for name in names if name not in {join("", key) for key in tracked}]
     inside = {join("", name): f"{base}/{join('', name)}" if base else join("", name) for name in tracked}
-    states = opened.build_all([inside[name] for name in inside if name in names], like="saved", progress=progress)
+    paths = [inside[path] for path in inside if path in names]
+    boxes = {
+        inside[path]: adapters.wanted(target, partial(opened.sketch, inside[path]), path, tracked)
+        for path, target in ((join("", name), target) for name, target in tracked.items())
+        if path in names
+    }
+    states = opened.build_all(paths, like="saved", progress=progress, boxes=boxes)
     places = []
     for name, target in tracked.items():
         path = join("", name)

@@ -13,18 +13,24 @@ AHEAD_BYTES = 32 << 20
 """Encoded chunks that wait for the storage: what two threads encode during an fsync of 16 ms."""
 SCRATCH_CHUNKS = 6
 """What a thread takes to encode, in chunks."""
+SENT_SHARE = 4
+"""What is on its way to a store takes at most one of so many parts of what saving may take."""
 SHARE = 2
 """Where no limit is set, saving takes at most one of so many parts of the machine's memory."""
 
 
 class Memory:
-    """Two arenas that take turns, one with the base and one for the next snapshot, as far as there is room."""
+    """Two arenas that take turns, one with the base and one for the next snapshot, as far as there is room.
 
-    def __init__(self, seam: Seam, settings: Settings) -> None:
+    Args:
+        sends: packs are held until a store has them, several at once.
+    """
+
+    def __init__(self, seam: Seam, settings: Settings, *, sends: bool = False) -> None:
         self._chunk, self._workers = settings.chunk_bytes_max, settings.workers
         self._arenas = (Arena(seam), Arena(seam))
         self._window = max(self._workers + 1, min(4 * self._workers, AHEAD_BYTES // self._chunk))
-        self._nbytes = self._kept = 0
+        self._nbytes = self._kept = self._sent = 0
         least = self._flight(1)
         self._limit = settings.memory_bytes_max or max(_share(seam), least)
         if self._limit < least:
@@ -32,6 +38,12 @@ class Memory:
                 f"memory_bytes_max={self._limit} is less than it takes to encode one chunk",
                 do=f"give at least {least}, or make chunk_bytes_max smaller",
             )
+        self.uploads = 1
+        """Packs that may be under way at once. One more is filled meanwhile."""
+        if sends:
+            packs = self._limit / SENT_SHARE / settings.pack_bytes_max
+            self.uploads = int(max(1, min(settings.uploads, packs - 1)))
+            self._sent = (self.uploads + 1) * settings.pack_bytes_max if self.uploads > 1 else 0
 
     @property
     def limit(self) -> float:
@@ -82,7 +94,7 @@ class Memory:
         return (first, second) if first.holds(held) else (second, first)
 
     def _fits(self, copies: int, window: int | None = None) -> bool:
-        return copies + self._kept + self._flight(window or self._window) <= self._limit
+        return copies + self._kept + self._sent + self._flight(window or self._window) <= self._limit
 
     def _flight(self, window: int) -> int:
         return self._chunk * (window + SCRATCH_CHUNKS * min(window, self._workers))

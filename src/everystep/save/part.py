@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from blake3 import blake3
 
 from everystep import codecs
+from everystep.errors import Damaged
 from everystep.save.arena import Array
 from everystep.save.bases import Base, Leaning
 from everystep.save.snapshot import Snapshot
 from everystep.seam import Pool
-from everystep.vault import Manifest, PackName, PackWriter, RunVault, Spot, Term
+from everystep.vault import Manifest, PackName, PackWriter, RunVault, Spot, Term, Uploads
 from everystep.vault.manifest import (
     HASH_BYTES,
     HERE,
@@ -24,6 +26,7 @@ from everystep.vault.manifest import (
     Logical,
     Placement,
     logical_hash,
+    moved,
     pack_halves,
     pages,
     settle,
@@ -32,6 +35,7 @@ from everystep.vault.manifest import (
     values_page,
 )
 from everystep.vault.packs import Slot
+from everystep.vault.pages import check_page
 from everystep.vault.record import Where
 
 MANIFEST_BYTES_MAX = 1 << 30
@@ -74,6 +78,8 @@ class Stored:
     known: Known
     spots: list[Spot]
     """Where each chunk lies."""
+    pages: bytes | None = None
+    """What would be the pack of its manifest, if another is to store it: places in it name no pack."""
 
     @property
     def stored_bytes(self) -> int:
@@ -145,6 +151,7 @@ class PartWriter:
 
     Args:
         window: chunks that are encoded, or wait for the storage, at once.
+        uploads: packs that are on their way to a place at once, where it can use that.
     """
 
     def __init__(
@@ -156,18 +163,21 @@ class PartWriter:
         window: int,
         base: Base | None = None,
         leaning: Leaning = ALONE,
+        uploads: int = 1,
     ) -> None:
         self._vault, self._known, self._pool, self._window = vault, known, pool, window
         self._base, self._leaning = base, leaning
         # What stood still leans on the anchor before: to refer to it would pin that one, and all before it.
         self._is_anchor = leaning.anchored and base is None
         self._settings = vault.settings
+        self._uploads, self._sent_seconds = min(uploads, vault.storage.fan_out), 0.0
         # Weights and optimizer state never share a pack, so that thinning frees whole files.
         self._optimizer, self._main, self._manifest = (
             PackWriter(vault.storage, vault.folder, term.writer, term.next_pack, vault.seam, vault.settings, limit)
             for limit in (vault.settings.pack_bytes_max, vault.settings.pack_bytes_max, MANIFEST_BYTES_MAX)
         )
         self._next = Known()
+        self._adopted: list[Where] = []
 
     def write(self, snapshot: Snapshot, rank: int) -> None:
         """Stores the chunks; the pages of the manifest wait for `close`."""
@@ -192,7 +202,7 @@ class PartWriter:
     @property
     def write_seconds(self) -> float:
         """Spent in the storage so far."""
-        return self._optimizer.seconds + self._main.seconds + self._manifest.seconds
+        return self._optimizer.seconds + self._main.seconds + self._manifest.seconds + self._sent_seconds
 
     def page(self, body: bytes | memoryview) -> Where:
         """Adds a page to the manifest's pack, or answers where an equal one lies already."""
@@ -202,21 +212,61 @@ class PartWriter:
             return self._known.pages[hash]
         return self._manifest.add_page(body, hash)[0]
 
-    def close(self) -> Stored:
-        """Stores the manifest's pack; from here on every name is known."""
-        self._manifest.flush()
+    def adopt(self, content: str, document: Where, pages: bytes, where: str) -> Where:
+        """Takes the manifest of another rank's part, which that one has not stored, into this one's.
+
+        Args:
+            content: of that part.
+            document: where it lies in `pages`.
+
+        Returns:
+            Where its document lies now; still without a pack's name.
+
+        Raises:
+            Damaged: if it is not whole.
+        """
+
+        def carry(page: Where) -> Where:
+            if page.writer != HERE:
+                return page
+            stored = memoryview(pages)[page.offset : page.offset + page.length]
+            check_page(page, stored, where)
+            if page.blake3 in self._known.pages:
+                return self._known.pages[page.blake3]
+            return msgspec.structs.replace(page, offset=self._manifest.add([stored]).offset)
+
+        if document.writer != HERE:
+            return document
+        body = check_page(document, memoryview(pages)[document.offset : document.offset + document.length], where)
+        if logical_hash(body) != content:
+            raise Damaged("a part is not the one that its receipt names", where=where, do="save again")
+        placed, places = moved(body, carry, where)
+        at = self.page(placed)
+        self._adopted += [*places, at]
+        return at
+
+    def close(self, *, hand_over: int = 0) -> Stored:
+        """Stores the manifest's pack; from here on every name is known.
+
+        Args:
+            hand_over: a manifest of at most as many bytes is not stored, but handed to another that does it.
+        """
+        pages = self._manifest.take(hand_over) if hand_over else None
+        if pages is None:
+            self._manifest.flush()
         here = self._manifest.stored[-1][0] if self._manifest.stored else PackName(HERE, 0)
         placed = [*settle_all(self._placement, here).pages(), settle(self._where, here)]
-        manifest = {PackName(page.writer, page.number) for page in placed}
+        named = [page for page in (*placed, *(settle(page, here) for page in self._adopted)) if page.writer != HERE]
+        manifest = {PackName(page.writer, page.number) for page in named}
         roles: dict[bool, set[PackName]] = {True: set(), False: set()}
         for role, spot in zip(self._roles, self._spots):
             roles[role == "optimizer"].update(link.pack for link in spot.links())
         needs = roles[True] | roles[False] | manifest
         optimizer = roles[True] - roles[False] - manifest
-        self._next.pages.update({page.blake3: page for page in placed})
+        self._next.pages.update({page.blake3: page for page in named})
         new = [*self._optimizer.stored, *self._main.stored, *self._manifest.stored]
         return Stored(
-            self.content, placed[-1], needs, optimizer, new, self._raw, self._changed, self._next, self._spots
+            self.content, placed[-1], needs, optimizer, new, self._raw, self._changed, self._next, self._spots, pages
         )
 
     # chunks
@@ -228,12 +278,24 @@ class PartWriter:
         order = sorted(range(len(roles)), key=lambda index: roles[index] != "optimizer")
         with closing(self._pool.map(lambda i: self._encode(snapshot, i), order, self._window)) as encoded:
             coming = _Coming(zip(order, encoded))
-            self._optimizer.store(coming.up_to(roles.count("optimizer")))
-            self._main.store(coming.up_to(len(roles)))
+            with self._sending(snapshot.layout.nbytes) as uploads:
+                self._optimizer.store(coming.up_to(roles.count("optimizer")), uploads)
+                self._main.store(coming.up_to(len(roles)), uploads)
         found = coming.found
         new = any(one.known is None and roles[index] != "rng" for index, one in found.items())
         self._changed = new or all(stream.role == "rng" or not stream.nbytes for stream in streams)
         return [found[index].spot() for index in range(len(roles))]
+
+    @contextmanager
+    def _sending(self, nbytes: int) -> Iterator[Uploads | None]:
+        """For a place that takes several packs at once; all have arrived when it is left."""
+        if self._uploads == 1:
+            yield None
+            return
+        with closing(Uploads(self._vault.seam, self._settings, self._uploads, nbytes)) as uploads:
+            yield uploads
+            uploads.finish()
+            self._sent_seconds += uploads.seconds
 
     def _encode(self, snapshot: Snapshot, index: int) -> _Encoded:
         hash, data = snapshot.hash_of(index), None

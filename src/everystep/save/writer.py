@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from everystep import adapters
-from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError, StorageFull
+from everystep.errors import Conflict, Error, RunTakenOver, SaveAbandoned, StorageError, StorageFull, UsageError
 from everystep.save import commit as commits
 from everystep.save.arena import Copier
 from everystep.save.bases import Bases, Leaning
@@ -79,6 +80,8 @@ class Saved:
         self._error: Error | None = None
         self._done = condition is None
         self.delivered = False
+        self.behind: Callable[[str, int, float | None], None] | None = None
+        """Waits until a checkpoint is in the place behind, where there is one."""
 
     @property
     def done(self) -> bool:
@@ -89,13 +92,21 @@ class Saved:
         """True if an earlier save was still under way and the run was told to skip then."""
         return self._condition is None
 
-    def wait(self, timeout: float | None = None) -> Any:
+    def wait(self, timeout: float | None = None, *, where: str = "local") -> Any:
         """The durable Checkpoint; None for a skipped save.
+
+        Args:
+            where: "remote": durable in the place behind, too.
 
         Raises:
             SaveAbandoned: if it takes longer than `timeout` seconds.
             Error: what made the save fail.
         """
+        if where not in ("local", "remote") or (where == "remote" and self.behind is None and not self.skipped):
+            raise UsageError(
+                f"where={where!r}: there is no such place",
+                do='"local"; and on rank 0 "remote", in a repository with behind=',
+            )
         if self._condition is None:
             return None
         with self._condition:
@@ -106,6 +117,9 @@ class Saved:
         if self._error is not None:
             self.delivered = True
             raise self._error
+        if where == "remote" and self._id is not None:
+            assert self.behind is not None
+            self.behind(self._id, self.step, timeout)
         return self._finish(self._id) if self._finish is not None and self._id is not None else None
 
     def settle(self, id: str | None, error: Error | None) -> None:
@@ -135,13 +149,13 @@ class Writer:
         """Id of the checkpoint that the next one continues from."""
         self.known = Known()
         """What that checkpoint holds."""
-        self.notices: list[str] = []
+        self.notices = vault.place.cautions()
         self.durable: list[str] = []
         """Ids of the checkpoints that nobody has been told of yet."""
         self._condition = vault.seam.condition()
         self._keeper = keeper
         seam, settings = vault.seam, vault.settings
-        self._memory = Memory(seam, settings)
+        self._memory = Memory(seam, settings, sends=vault.storage.fan_out > 1)
         # Two pools: what training waits for is not left to threads that have stepped back.
         self._copying = seam.pool(settings.workers, "everystep-copy")
         self._pool = seam.pool(settings.workers, "everystep-encode", self._step_back)
@@ -169,7 +183,7 @@ class Writer:
         """
         settings = self._vault.settings
         adapters.fence()
-        tree = flatten(state, adapters.describe)
+        tree = flatten(state, partial(adapters.describe, ranks=self.ranks))
         layout = lay_out(tree.leaves, settings.chunk_bytes_max, settings.small_leaf_bytes)
         still = standing(tree, layout, declared, settings.small_leaf_bytes)
         nbytes = arena_bytes(layout, still)
@@ -361,15 +375,15 @@ class Writer:
         clock = self._vault.seam.monotonic
         begun = clock()
         base = self._bases.offer(job.snapshot)
-        window = self._memory.window()
-        part = PartWriter(self._vault, self.term, self.known, self._pool, window, base, self._bases.leaning)
+        window, uploads = self._memory.window(), self._memory.uploads
+        part = PartWriter(self._vault, self.term, self.known, self._pool, window, base, self._bases.leaning, uploads)
         part.write(job.snapshot, self.rank)
         if job.left:
             raise SaveAbandoned(
                 f"step {job.step} was interrupted while its state was read", do="save again; nothing was kept of it"
             )
         if self.rank != 0:
-            stored = part.close()
+            stored = part.close(hand_over=commits.hand_over_bytes(self.ranks))
             commits.put_receipt(self._vault, self.term, draft, self.rank, stored)
             id = commits.await_settled(self._vault, self.term, draft)
             self._bases.take(job.snapshot, stored.spots, base)
@@ -382,7 +396,7 @@ class Writer:
         if before is not None and before[0] != content:
             raise _saved_before(job.step, self._vault.where)
         attached = {name: _attach(part, body) for name, body in job.attachments.items()}
-        stored, root, logical = commits.close_root(draft, part, others)
+        stored, root, logical = commits.close_root(draft, part, others, self._vault.where)
         here = PackName(root.writer, root.number)
         events = [*job.extra, *(_settled(name, *found, here) for name, found in attached.items())]
         if before is not None:
