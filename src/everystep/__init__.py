@@ -1,6 +1,8 @@
 """everystep: keep every checkpoint of every training run; lose none; trust what you load."""
 
+from everystep.access import AccessPolicy, access_policy
 from everystep.analysis import LeafChange, LeafSummary, ValueChange
+from everystep.checking import check_storage
 from everystep.checkpoint import Checkpoint
 from everystep.codecs import KERNEL
 from everystep.dataloading import ResumableLoader
@@ -23,6 +25,8 @@ from everystep.errors import (
     SaveAbandoned,
     StorageError,
     StorageFull,
+    Unreachable,
+    UnsafeStore,
     Unsupported,
     UsageError,
 )
@@ -38,11 +42,14 @@ from everystep.save import Saved
 from everystep.schema import LoadReport, Part
 from everystep.settings import VERSION as __version__
 from everystep.settings import Settings
-from everystep.upkeep import Decision, Freed, Kept, Repacked, RunStats
+from everystep.storage.conformance import StorageCheck, StorageReport
+from everystep.upkeep import Carried, Decision, Freed, Kept, Lag, Mirrored, Repacked, RunStats
 
 __all__ = [
     "KERNEL",
+    "AccessPolicy",
     "Brought",
+    "Carried",
     "Checkpoint",
     "CheckpointRetired",
     "Conflict",
@@ -57,9 +64,11 @@ __all__ = [
     "Freed",
     "ImportReport",
     "Kept",
+    "Lag",
     "LeafChange",
     "LeafSummary",
     "LoadReport",
+    "Mirrored",
     "Mismatch",
     "Moment",
     "NewerFormat",
@@ -80,13 +89,19 @@ __all__ = [
     "SaveAbandoned",
     "Saved",
     "Settings",
+    "StorageCheck",
     "StorageError",
     "StorageFull",
+    "StorageReport",
+    "Unreachable",
+    "UnsafeStore",
     "Unsupported",
     "UsageError",
     "ValueChange",
     "__version__",
+    "access_policy",
     "best",
+    "check_storage",
     "every",
     "examine",
     "last",

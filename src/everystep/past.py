@@ -282,7 +282,9 @@ class PastRun:
         Args:
             now: also what could still be brought back.
         """
-        return collect(self._vault, self._vault.author, at_once=now, rewrites=True)
+        freed = collect(self._vault, self._vault.author, at_once=now, rewrites=True)
+        self._vault.place.sweep()
+        return freed
 
     def repack(self, *, dead: float = 0.5, progress: Callable[[int, int], None] | None = None) -> Repacked:
         """Empties packs that are mostly dead, and frees them. Safe beside a process that is saving.

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
+from everystep import between
 from everystep.checkpoint import Checkpoint
 from everystep.errors import NotFound, UsageError
+from everystep.front import Behind, FrontPast, FrontRun
 from everystep.importing import ImportReport, Progress, bring, look
 from everystep.past import PastRun
 from everystep.rehearsal.cue import cue_of, placed
 from everystep.rehearsal.run import RehearsedRun
-from everystep.rules import Rule, mode_of
+from everystep.rules import Rule, check_rule, mode_of
 from everystep.run import Run
 from everystep.seam import REAL, Seam
 from everystep.settings import DEFAULT, LIMITS, Settings
 from everystep.storage import open_storage
-from everystep.upkeep import CheckReport, check_repository
+from everystep.upkeep import Carried, CheckReport, Mirrored, check_repository, mirror
 from everystep.vault import Place
 
 
 class Repository:
     """Made by `everystep.open`. Nothing is written before the first save."""
 
-    def __init__(self, place: Place) -> None:
-        self._place = place
+    def __init__(self, place: Place, behind: Behind | None = None) -> None:
+        self._place, self._behind = place, behind
 
     def __repr__(self) -> str:
         return f"<repository {self.url}>"
@@ -42,8 +45,11 @@ class Repository:
         return self._place.exists
 
     def runs(self) -> list[str]:
-        """Names of all runs, sorted."""
-        return sorted(self._place.runs()) if self.exists else []
+        """Names of all runs, sorted; with a place behind, of those there, too."""
+        found = set(self._place.runs()) if self.exists else set()
+        if self._behind is not None:
+            found.update(self._behind.runs())
+        return sorted(found)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.runs())
@@ -57,8 +63,8 @@ class Repository:
         Raises:
             NotFound: naming the runs with near names.
         """
-        past = PastRun(self._place, name)
         runs = self.runs()
+        past = PastRun(self._place, name) if self._behind is None else FrontPast(self._place, name, self._behind)
         if name not in runs:
             near = difflib.get_close_matches(name, runs, 3) or runs[:5]
             raise NotFound(
@@ -120,6 +126,7 @@ class Repository:
         launch: str | None = None,
         keep: Rule | None = None,
         keep_full: Rule | None = None,
+        keep_behind: Rule | None = None,
         quota_bytes: int | None = None,
     ) -> Run:
         """A run to write. It is taken by `resume`, `steps`, `batches` or the first `save`, and created by the latter.
@@ -129,13 +136,21 @@ class Repository:
             keep: which checkpoints stay: last(10) | best(3, "val_loss") | every(1000). The newest and tagged ones do
                 always. None keeps all.
             keep_full: which of them also keep their optimizer state; None: all.
+            keep_behind: which stay in the place behind, where there is one; None: all. What `keep` drops here is
+                dropped once it is there, or is not to be there.
             quota_bytes: a warning when the run holds more; what can still be undone is freed before.
             when_busy: what a save does while the one before is under way: "wait" for it, or "skip" itself.
             takeover: do not wait for an owner that may live; it is told at its next save.
             rank, ranks, launch: for several processes that save one checkpoint together; all give the same launch id.
                 By default as the framework's process group says.
         """
-        make = Run if cue_of(self._place.seam) is None else RehearsedRun
+        rehearsed = cue_of(self._place.seam) is not None
+        make: Callable[..., Run] = RehearsedRun if rehearsed else Run
+        if self._behind is not None and not rehearsed:
+            rule = check_rule(keep_behind, "keep_behind=") if keep_behind is not None else None
+            make = partial(FrontRun, behind=self._behind, keep_behind=rule)
+        elif keep_behind is not None and not rehearsed:
+            raise UsageError("there is no place behind", do='everystep.open("runs", behind="s3://bucket/prefix")')
         return make(
             self._place,
             name,
@@ -182,6 +197,118 @@ class Repository:
         with self.run(name, takeover=takeover).track(rng=False) as target:
             return bring(target, self._place, path, seen, dry_run=dry_run, progress=progress)
 
+    def push(
+        self,
+        target: str | Repository,
+        run: str | Sequence[str] | None = None,
+        *,
+        keep: Rule | None = None,
+        only: str | Sequence[str] | None = None,
+        as_run: str | None = None,
+        dry_run: bool = False,
+        takeover: bool = False,
+        progress: between.Progress | None = None,
+    ) -> list[Carried]:
+        """Sends checkpoints to another repository, which is made if there is none; each is committed there once.
+
+        What the other has is not sent: checkpoints by their id, chunks by their hash. Deltas stay deltas, and what they
+        lean on goes with them. Every byte that is sent has been checked. Tags, notes, metrics, files and configuration
+        go, too; what the other has dropped stays dropped. Cut off, it goes on from there when it is called again.
+
+        Args:
+            target: a folder, a URL, or a repository.
+            run: "resnet", "resnet@best:val_loss", "resnet@1200", or several of these; None for all runs.
+            keep: of these, only what a rule keeps: everystep.last(3).
+            only: a path or several: that part of the state alone, as a run of its own, called "resnet.params.head".
+            as_run: what the run is called there.
+            dry_run: only look what there is to send.
+            takeover: do not wait for a process that may be writing the run there.
+            progress: told (run, checkpoints done, checkpoints in all, bytes sent).
+
+        Returns:
+            What went there, run by run.
+
+        Raises:
+            NotFound, UsageError: for what there is not.
+            RunInUse: if another process writes the run there.
+            Damaged: if a byte is not what was saved; what went there before stays.
+            ReadOnly: if the other is a mirror.
+        """
+        return between.carry(
+            self._place, self._place_of(target), run, keep=keep, only=only, as_run=as_run, dry_run=dry_run,
+            takeover=takeover, reason="push", progress=progress,
+        )  # fmt: skip
+
+    def pull(
+        self,
+        source: str | Repository,
+        run: str | Sequence[str] | None = None,
+        *,
+        keep: Rule | None = None,
+        only: str | Sequence[str] | None = None,
+        as_run: str | None = None,
+        dry_run: bool = False,
+        takeover: bool = False,
+        progress: between.Progress | None = None,
+    ) -> list[Carried]:
+        """Brings checkpoints from another repository: `push` seen from the other side. Reads no more than it brings."""
+        return between.carry(
+            self._place_of(source), self._place, run, keep=keep, only=only, as_run=as_run, dry_run=dry_run,
+            takeover=takeover, reason="pull", progress=progress,
+        )  # fmt: skip
+
+    def mirror(
+        self,
+        target: str | Repository,
+        *,
+        prune: bool = False,
+        dry_run: bool = False,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Mirrored:
+        """Keeps a copy of all of this repository, byte for byte, in a place where nobody else writes.
+
+        Copies what is new since the last time, checked before, packs before the records that need them.
+
+        Args:
+            target: an empty folder or URL, or an earlier mirror of this repository.
+            prune: delete packs in the mirror that nothing needs any more. Without it, nothing is ever deleted there.
+            progress: told (run, packs copied, packs in all).
+
+        Raises:
+            Conflict: if something else lies there.
+            Damaged: if a byte is not what was saved; the mirror stays at what it was.
+        """
+        if not self.exists:
+            raise NotFound("there is no repository here yet", where=self.url, do="the first save of a run makes it")
+        place = self._place
+        if isinstance(target, Repository):
+            storage = target._place.storage
+        else:
+            storage = open_storage(_path(target), place.seam, place.settings)
+        between.check_apart(place.storage, storage)
+        return mirror(place, storage, prune=prune, dry_run=dry_run, progress=progress)
+
+    @property
+    def is_mirror(self) -> bool:
+        """Whether this is the mirror of another repository: to read only."""
+        return self._place.is_mirror
+
+    def promote(self) -> None:
+        """Makes a mirror a repository that can be written, for when the original is gone. `mirror` refuses it from then
+        on. Do not go on writing the original as well: both have one id and one past.
+
+        Raises:
+            UsageError: if it is no mirror.
+        """
+        if not self.is_mirror:
+            raise UsageError("this is no mirror", where=self.url, do="it can be written as it is")
+        self._place.promote()
+
+    def _place_of(self, other: str | Repository) -> Place:
+        if isinstance(other, Repository):
+            return other._place
+        return _place_at(other, self._place.seam, self._place.settings)
+
     def check(
         self, *, data: bool = True, read: float | Fraction = 1, run: str | None = None, progress: Any = None
     ) -> CheckReport:
@@ -208,11 +335,15 @@ class Repository:
         return self._place.seam.local_time(seconds)
 
 
-def open(place: str, *, settings: Settings | None = None, seam: Seam | None = None) -> Repository:
+def open(
+    place: str, *, behind: str | None = None, settings: Settings | None = None, seam: Seam | None = None
+) -> Repository:
     """A repository in a folder or at a URL. Nothing is written before the first save.
 
     Args:
-        place: a folder, or memory://name.
+        place: a folder, or a URL: s3://bucket/prefix, gs://…, az://…, hdfs://…, memory://name.
+        behind: another place. What is saved is durable in the first, at its speed, and goes there in the background;
+            what is not in the first any more is read from there.
         settings: what can be tuned; see docs/settings.md.
         seam: the outside world; tests hand in another.
 
@@ -220,8 +351,21 @@ def open(place: str, *, settings: Settings | None = None, seam: Seam | None = No
         ForeignRepository, NewerFormat, Damaged, UsageError: for what is not a repository that this everystep reads.
     """
     seam = seam or REAL
-    path = place if isinstance(place, str) else place.__fspath__()
-    return Repository(Place(open_storage(placed(path, seam), seam), seam, _checked(settings or DEFAULT)))
+    checked = _checked(settings or DEFAULT)
+    front = _place_at(place, seam, checked)
+    if behind is None or cue_of(seam) is not None:  # a rehearsal is about the first alone
+        return Repository(front)
+    far = open_storage(_path(behind), seam, checked)
+    between.check_apart(front.storage, far)
+    return Repository(front, Behind(str(far.url), lambda: Place(far, seam, checked)))
+
+
+def _place_at(place: Any, seam: Seam, settings: Settings) -> Place:
+    return Place(open_storage(placed(_path(place), seam), seam, settings), seam, settings)
+
+
+def _path(place: Any) -> str:
+    return place if isinstance(place, str) else str(place.__fspath__())
 
 
 def _checked(settings: Settings) -> Settings:

@@ -347,15 +347,19 @@ class Run(TellingRun):
 
         self._writer = Writer(
             self._vault, term, rank=self.rank, ranks=self.ranks, author=author, leaning=leaning,
-            keeper=Keeper(self._vault, author, fence, keep, keep_full, self._quota_bytes),
+            keeper=self._make_keeper(author, fence),
         )  # fmt: skip
         self._writer.parent = self._left
         self._forget_exit = self._vault.seam.at_exit(self._at_exit)
         return self._writer
 
+    def _make_keeper(self, author: str, fence: Callable[[History], None]) -> Keeper:
+        keep, keep_full = self._rules
+        return Keeper(self._vault, author, fence, keep, keep_full, self._quota_bytes)
+
     def _take_term(self) -> Term:
         if self.rank != 0:
-            return join_run(self._vault, self._launch)
+            return join_run(self._vault, self._launch, self.rank, self.ranks)
         history = self._history()
         return take_run(
             self._vault,

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 import everystep
 from everystep import Error, UsageError
+from everystep.cli.between import mirror, pull, push
 from everystep.cli.completion import completion
 from everystep.cli.diff import diff
 from everystep.cli.doctor import doctor
@@ -25,6 +26,7 @@ from everystep.cli.rewind import rewind
 from everystep.cli.screen import Screen
 from everystep.cli.show import show
 from everystep.cli.stats import stats
+from everystep.cli.storage import storage
 from everystep.cli.tag import note, tag
 from everystep.cli.verify import verify_resume
 
@@ -200,6 +202,31 @@ app.command(
     epilog="""
     \b
     Examples:
+      everystep -r runs push s3://bucket/prefix
+      everystep -r runs push /backup resnet --keep-best 3:val_loss
+      everystep -r runs push /backup resnet@release --dry-run
+    """
+)(push)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs pull s3://bucket/prefix resnet@best:val_loss
+      everystep -r runs pull s3://bucket/prefix resnet@latest --only params/head
+    """
+)(pull)
+app.command(
+    epilog="""
+    \b
+    Examples:
+      everystep -r runs mirror /backup/runs
+      everystep -r /backup/runs mirror --promote
+    """
+)(mirror)
+app.command(
+    epilog="""
+    \b
+    Examples:
       everystep -r runs forget resnet --keep-last 10 --keep-best 3:val_loss --dry-run
       everystep -r runs forget resnet --keep-every 1000 --keep-within 7d --force
       everystep -r runs forget resnet --full-last 2    thin the others, drop none
@@ -246,6 +273,7 @@ app.command(
       everystep -r runs fsck resnet --no-data   one run, fast
     """
 )(fsck)
+app.add_typer(storage, name="storage")
 app.command(
     context_settings=SETTINGS,
     epilog="""

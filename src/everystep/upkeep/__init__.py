@@ -11,21 +11,31 @@ from everystep.upkeep.collect import (
     kept_of,
 )
 from everystep.upkeep.fsck import Checked, CheckReport, Finding, check_repository
+from everystep.upkeep.mirror import Mirrored, mirror
+from everystep.upkeep.nearest import NearestVault
 from everystep.upkeep.repack import Repacked, repack
+from everystep.upkeep.replicate import Lag, Replicator, lag_of
 from everystep.upkeep.retention import DROP, KEEP, THIN, Decision, Kept, drops_most, plan
 from everystep.upkeep.stats import RunStats, Share, measure_run
+from everystep.upkeep.transfer import Carried, Carrier, waiting
 
 __all__ = [
     "DROP",
     "KEEP",
     "THIN",
+    "Carried",
+    "Carrier",
     "CheckReport",
     "Checked",
     "Decision",
     "Finding",
     "Freed",
     "Kept",
+    "Lag",
+    "Mirrored",
+    "NearestVault",
     "Repacked",
+    "Replicator",
     "RunStats",
     "Share",
     "bring_back",
@@ -37,7 +47,10 @@ __all__ = [
     "drops_most",
     "free_unneeded",
     "kept_of",
+    "lag_of",
     "measure_run",
+    "mirror",
     "plan",
     "repack",
+    "waiting",
 ]
