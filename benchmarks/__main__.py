@@ -41,12 +41,14 @@ PARTS = (
     Part("training-5", "training", "--every 5 --steps 5 --rounds 5", "--every 5 --steps 2 --rounds 1"),
     Part("training-1", "training", "--every 1 --steps 5 --rounds 4", "--every 1 --steps 2 --rounds 1"),
     Part("restore", "restore", quick="--count 10 --others 2 --rounds 1"),
+    Part("ranks", "ranks", quick="--mb 0 --rounds 1"),
     Part("behind", "behind", quick="--rates 200 --rounds 1"),
     Part("codec", "codec", quick="--rounds 1 --passes 1"),
     Part("stages", "stages", quick="--rounds 2"),
     Part("depth", "depth", quick="--count 3 --rounds 1 --settings base_depth_max=0 base_depth_max=2"),
     Part("leaves", "leaves", quick="--leaves 1000 --rounds 1"),
     Part("scale", "scale", quick="--count 100 --rounds 1"),
+    Part("ranks-at-scale", "ranks_at_scale", quick="--ranks 4 16 --checkpoints 1000 --leaves 1000"),
 )
 
 

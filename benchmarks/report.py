@@ -20,6 +20,8 @@ from benchmarks import (
     history,
     leaves,
     plots,
+    ranks,
+    ranks_at_scale,
     restore,
     results,
     scale,
@@ -115,6 +117,18 @@ SECTIONS = (
     ),
     Section("leaves", "Many tiny leaves", "", leaves.tables, "python -m benchmarks.leaves"),
     Section("scale", "Many checkpoints", "", scale.tables, "python -m benchmarks.scale"),
+    Section(
+        "ranks", "Four ranks",
+        "One state, sharded over four processes that share the machine; every rank saves its part, and two others load "
+        "all of it. Ours hashes every byte, and checks it at the load.",
+        ranks.tables, "python -m benchmarks.ranks",
+    ),
+    Section(
+        "ranks-at-scale", "Many ranks, on a simulated object store",
+        "The real code on a store, a clock and threads that are simulated, with the limits that S3 publishes: what is "
+        "counted are requests, bytes and round trips.",
+        ranks_at_scale.tables, "python -m benchmarks.ranks_at_scale",
+    ),
 )  # fmt: skip
 CAPTIONS = {
     "bytes": "Bytes on disk over the number of checkpoints",

@@ -411,7 +411,7 @@ def test_every_name_is_a_run_of_its_own(tmp_path: Path) -> None:
         assert name in repo and same(repo[name].latest.load(), number + 1)
     assert repo.check().ok and repo.check().runs == len(NAMES)
     assert {path.name for path in tmp_path.iterdir()} == {"runs"}, "something was written outside"
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"format.json", "runs"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"format.json", "place.json", "runs"}
     for path in (tmp_path / "runs/runs").iterdir():
         assert path.name.isascii() and path.name.isprintable() and not path.name.startswith(".")
 

@@ -472,7 +472,8 @@ def test_a_collection_reads_no_data_and_asks_once_for_each_pack() -> None:
             tracemalloc.stop()
         verbs = [verb for verb, _ in counted.calls]
         assert freed.packs > 0 and verbs.count("delete") == freed.packs
-        assert verbs.count("stat") <= packs + 2 and verbs.count("list") == 1 and verbs.count("put_new") == 1
+        assert verbs.count("stat") <= packs + 2 and verbs.count("put_new") == 1
+        assert verbs.count("list") == 2, "the packs, and what a probe may have left beside the runs"
         assert [key for verb, key in counted.calls if verb in ("get", "put") and "/packs/" in key] == []
         assert peak < 2000 * packs + 200_000, peak
 
