@@ -16,6 +16,7 @@ from everystep.cli import human, typed
 from everystep.cli.completion import targets
 from everystep.cli.options import JsonOption, RepoOption, begin, instead
 from everystep.cli.progress import counting
+from everystep.cli.screen import Screen
 from everystep.cli.table import Column, headed, lay_out
 
 RunsArgument = Annotated[
@@ -64,8 +65,7 @@ def push(
             target, which or None, keep=rule, only=only or None, as_run=as_run, dry_run=dry_run, takeover=takeover,
             progress=told,
         )  # fmt: skip
-    document = _about("push", repository, target, found, dry_run)
-    screen.give(document, lambda: _lines(document, screen.width))
+    _give(screen, _about("push", repository, target, found, dry_run))
 
 
 def pull(
@@ -95,8 +95,7 @@ def pull(
             source, which or None, keep=rule, only=only or None, as_run=as_run, dry_run=dry_run, takeover=takeover,
             progress=told,
         )  # fmt: skip
-    document = _about("pull", repository, source, found, dry_run)
-    screen.give(document, lambda: _lines(document, screen.width))
+    _give(screen, _about("pull", repository, source, found, dry_run))
 
 
 def mirror(
@@ -167,6 +166,10 @@ def _about(verb: str, repository: Repository, other: str, found: Sequence[Carrie
         "runs": runs,
         "all": {name: sum(one[name] for one in runs) for name in names},
     }
+
+
+def _give(screen: Screen, document: dict[str, Any]) -> None:
+    screen.give(document, lambda: _lines(document, screen.width))
 
 
 def _lines(document: dict[str, Any], width: int | None) -> Iterator[Text]:
