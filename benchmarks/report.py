@@ -149,7 +149,7 @@ def page(kept: Path, drawn: dict[str, Path], out: Path) -> str:
     """The text, with links relative to where it will lie."""
     found = {section.name: results.read(kept, section.name) for section in SECTIONS}
     there = [each for each in found.values() if each is not None]
-    parts = [ABOUT, *([_machine(max(there, key=lambda each: each["date"]))] if there else [])]
+    parts = [ABOUT, *([_machine(sorted(there, key=lambda each: each["date"]))] if there else [])]
     for section in SECTIONS:
         parts.append(f"## {section.title}\n")
         if section.about:
@@ -175,9 +175,12 @@ def _body(section: Section, kept: dict[str, Any] | None) -> str:
     return "\n".join([f"{taken}{note}\n", *tables])
 
 
-def _machine(kept: dict[str, Any]) -> str:
-    machine = kept["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in kept["versions"].items())
+def _machine(kept: list[dict[str, Any]]) -> str:
+    """The machine of the newest result, and the newest version of each library that any was measured with."""
+    machine, found = kept[-1]["machine"], dict[str, str]()
+    for result in kept:
+        found |= result["versions"]
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     form = "with its C kernel" if machine["kernel"] else "in its NumPy form"
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GiB, {machine['system']}, Python "
