@@ -6,11 +6,10 @@ import base64
 import hashlib
 import hmac
 import http.client
-import os
 from email.utils import formatdate
 from pathlib import Path
 
-from _server import Place, Process, answers, free_ports
+from _server import Place, WebServer, free_ports
 
 PROGRAM = Path(__file__).parent / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
 ACCOUNT = "devstoreaccount1"
@@ -19,24 +18,16 @@ KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr
 VERSION = "2021-08-06"
 
 
-class Azurite:
+class Azurite(WebServer):
     def __init__(self, folder: Path) -> None:
         if not PROGRAM.exists():
             raise RuntimeError(f"Azurite is not installed: {__doc__}")
-        (self.port,) = free_ports(1)
+        (port,) = free_ports(1)
         command = [
-            "node", str(PROGRAM), "--blobHost", "127.0.0.1", "--blobPort", str(self.port), "--location", str(folder),
+            "node", str(PROGRAM), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(folder),
             "--silent", "--skipApiVersionCheck", "--disableTelemetry",
         ]  # fmt: skip
-        self.process = Process(command, folder / "azurite.log", os.environ, folder)
-        try:
-            self.process.wait_for(lambda: answers(self.port))
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        self.process.kill()
+        super().__init__(command, folder / "azurite.log", port)
 
     def place(self) -> Place:
         endpoint = f"http://127.0.0.1:{self.port}/{ACCOUNT}"

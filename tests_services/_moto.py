@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from _server import Place, Process, answers, free_ports
+from _server import Place, WebServer, free_ports
 
 SECRET = "a-secret-that-moto-does-not-look-at"
 
 
-class Moto:
+class Moto(WebServer):
     def __init__(self, folder: Path) -> None:
-        (self.port,) = free_ports(1)
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)]
-        self.process = Process(command, folder / "moto.log", os.environ, folder)
-        try:
-            self.process.wait_for(lambda: answers(self.port))
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        self.process.kill()
+        (port,) = free_ports(1)
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        super().__init__(command, folder / "moto.log", port)
 
     def place(self) -> Place:
         import boto3

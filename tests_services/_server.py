@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import shutil
 import signal
 import socket
@@ -90,6 +91,22 @@ class Process:
                 how = f"ended with {self._process.returncode}" if self.ended else f"did not answer within {seconds} s"
                 raise RuntimeError(f"{self.command[0]} {how}:\n{tail}")
             time.sleep(0.05)
+
+
+class WebServer:
+    """A server that is one process, speaks HTTP at a port, and needs nothing to end well."""
+
+    def __init__(self, command: Sequence[str], log: Path, port: int) -> None:
+        self.port = port
+        self.process = Process(command, log, os.environ, log.parent)
+        try:
+            self.process.wait_for(lambda: answers(port))
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        self.process.kill()
 
 
 def answers(port: int) -> bool:
