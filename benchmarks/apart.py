@@ -7,7 +7,7 @@ import importlib
 import multiprocessing
 import os
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -107,13 +107,22 @@ def _serve(pipe: Connection, path: list[str], module: str, name: str, memory: Me
     usage.first_to_go()
     for stream in (1, 2):
         os.dup2(fd, stream)  # what a peer has to say is shown where it fails
-    contestant: _Contestant | None = None
+    answer(pipe, lambda: _Contestant(getattr(importlib.import_module(module), name), memory, folder))
+
+
+def answer(pipe: Connection, make: Callable[[], Any]) -> None:
+    """Does what the parent asks of an object that is made at its first question, until it is closed or the parent is
+    gone."""
+    made: Any = None
     while True:
-        verb, arguments = pipe.recv()
         try:
-            if contestant is None:
-                contestant = _Contestant(getattr(importlib.import_module(module), name), memory, folder)
-            found, error = getattr(contestant, verb)(*arguments), None
+            verb, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if made is None:
+                made = make()
+            found, error = getattr(made, verb)(*arguments), None
         except BaseException as caught:  # noqa: BLE001  told to the parent, which goes on without it
             traceback.print_exc()
             found, error = None, timing.described(caught)

@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
@@ -30,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 import everystep
-from benchmarks import peers, results, sequences, timing
+from benchmarks import apart, peers, results, sequences, timing
 from benchmarks.results import Table, ratio, spread
 from benchmarks.timing import Samples, Stopwatch
 from benchmarks.work import Memory, Replay, tensor_of
@@ -245,22 +244,7 @@ class Group:
 
 def serve(pipe: Connection, kind: int, memory: Memory, folder: str, rank: int) -> None:
     """One rank."""
-    member: Member | None = None
-    while True:
-        try:
-            verb, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if member is None:
-                member = Member(CONTESTANTS[kind], memory, folder, rank)
-            found, error = getattr(member, verb)(*arguments), None
-        except BaseException as caught:  # noqa: BLE001  told to the parent, which goes on without it
-            traceback.print_exc()
-            found, error = None, timing.described(caught)
-        pipe.send((found, error))
-        if verb == "close":
-            return
+    apart.answer(pipe, lambda: Member(CONTESTANTS[kind], memory, folder, rank))
 
 
 class Member:
