@@ -11,7 +11,7 @@ import heapq
 import random
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -334,6 +334,12 @@ class Workers(Pool):
         while self._queue:
             self._queue.popleft().run()
         self._busy -= 1
+
+    def relay(
+        self, first: Callable[[Any], Any], other: Pool, second: Callable[[Any], Any], items: Iterable[Any], window: int
+    ) -> Generator[Any, None, None]:
+        """In order, which is one way of coming: so that whoever waits does so in virtual time."""
+        yield from other.map(second, self.map(first, items, self.workers), window)
 
     def close(self) -> None:
         return

@@ -167,12 +167,12 @@ def test_a_rank_that_never_comes_is_named_to_all() -> None:
     assert not scale.repository(fleet.storage, QUICK)["run"].checkpoints()
 
 
-@pytest.mark.parametrize("most, saves, requests", [(256 << 10, 1, 1), (256 << 10, 2, 2), (0, 1, RANKS)])
+@pytest.mark.parametrize("most, saves, requests", [(256 << 10, 1, 1), (256 << 10, 2, 1), (0, 1, RANKS)])
 def test_the_manifest_of_many_ranks_lies_together(
     most: int, saves: int, requests: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each rank's part comes with its receipt, and rank 0 stores it, but for what the save before has; one that is too
-    long has a pack of its own."""
+    """Each rank's part comes with its receipt, and rank 0 stores it, with short pages that the save before has too;
+    one that is too long has a pack of its own."""
     monkeypatch.setattr("everystep.save.commit.HAND_OVER_BYTES_MAX", most)
     fleet = scale.Fleet(RANKS)
     fleet.save(saves)

@@ -211,8 +211,8 @@ class Run(TellingRun):
         return own, [*events, series(rows)] if rows else events
 
     def _by_id(self, id: str) -> Checkpoint:
-        history = self._history()
-        return self._checkpoint(history.commits[id])
+        known = self._vault.log.history.commits.get(id)  # most often this process has read it, or written it
+        return self._checkpoint(known if known is not None else self._history().commits[id])
 
     # resume --------------------------------------------------------------------------------------------------------
 

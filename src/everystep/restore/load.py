@@ -273,7 +273,8 @@ def open_checkpoint(vault: RunVault, commit: Committed) -> Opened:
     """
     while True:
         try:
-            return Opened(vault, commit, vault.manifest(commit), thin=commit.event.id in vault.history().thin)
+            manifest, history = vault.opened(commit)
+            return Opened(vault, commit, manifest, thin=commit.event.id in history.thin)
         except ObjectMissing as error:
             commit = _moved(vault, commit, error)
 

@@ -39,6 +39,9 @@ from everystep.vault.pages import check_page
 from everystep.vault.record import Where
 
 MANIFEST_BYTES_MAX = 1 << 30
+LONE_PAGE_BYTES = 4 << 10
+"""Where every request takes its time, a page up to this length is written again rather than left alone in an older
+pack: reading it there would be a request more."""
 ALONE = Leaning()
 
 
@@ -176,6 +179,7 @@ class PartWriter:
             PackWriter(vault.storage, vault.folder, term.writer, term.next_pack, vault.seam, vault.settings, limit)
             for limit in (vault.settings.pack_bytes_max, vault.settings.pack_bytes_max, MANIFEST_BYTES_MAX)
         )
+        self._lone_bytes = LONE_PAGE_BYTES if vault.storage.fan_out > 1 else 0
         self._next = Known()
         self._adopted: list[Where] = []
 
@@ -207,10 +211,11 @@ class PartWriter:
     def page(self, body: bytes | memoryview) -> Where:
         """Adds a page to the manifest's pack, or answers where an equal one lies already."""
         hash = blake3(body).hexdigest()
-        if hash in self._known.pages:
-            self._next.pages[hash] = self._known.pages[hash]
-            return self._known.pages[hash]
-        return self._manifest.add_page(body, hash)[0]
+        known = self._known.pages.get(hash)
+        if known is None or known.length <= self._lone_bytes:
+            return self._manifest.add_page(body, hash)[0]
+        self._next.pages[hash] = known
+        return known
 
     def adopt(self, content: str, document: Where, pages: bytes, where: str) -> Where:
         """Takes the manifest of another rank's part, which that one has not stored, into this one's.
@@ -231,8 +236,9 @@ class PartWriter:
                 return page
             stored = memoryview(pages)[page.offset : page.offset + page.length]
             check_page(page, stored, where)
-            if page.blake3 in self._known.pages:
-                return self._known.pages[page.blake3]
+            known = self._known.pages.get(page.blake3)
+            if known is not None and known.length > self._lone_bytes:
+                return known
             return msgspec.structs.replace(page, offset=self._manifest.add([stored]).offset)
 
         if document.writer != HERE:

@@ -122,7 +122,7 @@ class Reader:
         if fetchers is None:
             yield from pool.map(lambda group: decode(self._fetch(group)), groups, window)
         else:
-            yield from pool.map(decode, fetchers.map(self._fetch, groups, fetchers.workers), window)
+            yield from fetchers.relay(self._fetch, pool, decode, groups, readers + window)
 
     def _decode_into(self, out: Array, chunk: Wanted, stored: dict[Bytes, memoryview], every_link: bool) -> None:
         base: Array | None = None

@@ -19,6 +19,7 @@ from everystep.vault.pages import Pages
 from everystep.vault.place import Place
 from everystep.vault.reader import Reader, Sink
 from everystep.vault.record import Open, Where
+from everystep.vault.together import together
 from everystep.vault.writers import permit
 
 Array = np.ndarray[Any, Any]
@@ -112,6 +113,12 @@ class RunVault:
     def manifest(self, commit: Committed) -> Manifest:
         pages = self._pages()
         return read_manifest(commit.event, pages.fetch, f"{self.where} checkpoint {commit.event.id}", pages.ahead)
+
+    def opened(self, commit: Committed) -> tuple[Manifest, History]:
+        """A checkpoint's manifest, and the history as it is now; asked for at once."""
+        asked: list[Callable[[], Any]] = [lambda: self.manifest(commit), self.history]
+        manifest, history = together(self.storage, self.seam, lambda ask: ask(), asked)
+        return manifest, history
 
     def read_pages(self, pages: Sequence[Where], where: str) -> bytes:
         """The plain bytes of pages, each checked against its BLAKE3."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import os
-import queue
 import signal
 import socket
 import subprocess
@@ -13,17 +12,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, cast
+
+from everystep.seam.threads import Pool, Task
 
 if sys.platform != "win32":
     import fcntl
 
-T = TypeVar("T")
-R = TypeVar("R")
+__all__ = ["REAL", "Files", "Pool", "Process", "Seam", "Task"]
 SYNC_FILE_RANGE_WRITE = 2
 NICE_MAX = 19
 
@@ -129,81 +128,6 @@ class Process:
     boot: str
     pid: int
     started: str
-
-
-class Pool:
-    """A fixed set of daemon threads; unlike an executor, it takes work while the interpreter shuts down.
-
-    Args:
-        begin: called by each thread before its first job.
-    """
-
-    def __init__(self, workers: int, name: str, begin: Callable[[], None] | None = None) -> None:
-        self.workers, self._begin = workers, begin
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=self._work, name=f"{name}-{i}", daemon=True) for i in range(workers)]
-        for thread in self._threads:
-            thread.start()
-
-    def _work(self) -> None:
-        if self._begin is not None:
-            self._begin()
-        while (job := self._jobs.get()) is not None:
-            job()
-            job = None  # an idle thread holds nothing of what it did
-
-    def start(self, function: Callable[[T], R], item: T) -> Task[R]:
-        task: Task[R] = Task(function, item)
-        self._jobs.put(task.run)
-        return task
-
-    def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:
-        """Results in the order of the items, at most `window` of them under way or unread; the first error ends it."""
-        pending: deque[Task[R]] = deque()
-        try:
-            for item in items:
-                pending.append(self.start(function, item))
-                if len(pending) >= window:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for task in pending:
-                task.settle()
-
-    def close(self) -> None:
-        """Ends the threads, once they have done what was asked of them."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
-
-
-class Task(Generic[R]):
-    """One call on its way through a pool."""
-
-    def __init__(self, function: Callable[[Any], R], item: Any) -> None:
-        self._function, self._item = function, item
-        self._done = threading.Event()
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self._value = self._function(self._item)
-        except BaseException as error:  # noqa: BLE001  handed to whoever asks for the result
-            self._error = error
-        self._done.set()
-
-    def settle(self, seconds: float | None = None) -> bool:
-        """Whether it has ended, after at most so many seconds."""
-        return self._done.wait(seconds)
-
-    def result(self) -> R:
-        self._done.wait()
-        if self._error is not None:
-            raise self._error
-        return cast(R, self._value)
 
 
 class Seam:
