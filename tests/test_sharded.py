@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,7 +85,12 @@ class Drawn:
             self.views.append(SimpleNamespace(tree=Tree([], [], [beside, leaf, beside]), layout=layout))
             self.data.append(streams)
 
-    def read_chunks(self, view: Any, indices: Sequence[int], pool: Any, sink: Any) -> Iterator[list[int]]:
+    def host_share(self) -> Any:
+        return nullcontext()
+
+    def read_chunks(
+        self, view: Any, indices: Sequence[int], pool: Any, sink: Any, share: Any = None
+    ) -> Iterator[list[int]]:
         streams = next(data for one, data in zip(self.views, self.data) if one is view)
         for index in indices:
             chunk = view.layout.chunks[index]
@@ -254,7 +260,7 @@ def test_a_plain_module_wants_whole_leaves() -> None:
     with repo.run("r").track(model=model) as run:
         run.save(1).wait()
     opened = repo["r"].at(1)._open()
-    assert adapters.wanted(nn.Linear(3, 2), lambda: opened.sketch("model"), "model", {}) == {}
+    assert adapters.wanted(nn.Linear(3, 2), lambda: opened.sketch("model"), "model", {}).boxes == {}
     assert {name: leaf.shape for name, leaf in opened.sketch("model").items()} == {"weight": (2, 3), "bias": (2,)}
     boxes = {"model": {"model/weight": [Box((1, 0), (1, 3))]}}
     built = opened.build_all(["model"], like="saved", boxes=boxes)["model"]

@@ -16,12 +16,23 @@ def pools() -> Iterator[tuple[Pool, Pool]]:
 
 
 def test_a_thread_is_started_for_each_job_up_to_the_number_of_workers() -> None:
+    def names() -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("some-"))
+
+    with closing(Pool(3, "some")) as pool:
+        assert names() == []
+        pool.start(int, "1").result()
+        assert names() == ["some-0"]
+        assert list(pool.map(int, "12345678", 4)) == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert names() == ["some-0", "some-1", "some-2"]
+    assert names() == []
+
+
+def test_all_threads_can_be_started_first() -> None:
     begun: list[str] = []
     with closing(Pool(3, "some", lambda: begun.append(threading.current_thread().name))) as pool:
-        assert begun == []
-        pool.start(int, "1").result()
-        assert begun == ["some-0"]
-        assert list(pool.map(int, "12345678", 4)) == [1, 2, 3, 4, 5, 6, 7, 8]
+        pool.ready()
+        pool.ready()
     assert sorted(begun) == ["some-0", "some-1", "some-2"]
 
 

@@ -70,6 +70,10 @@ class Settings:
     """Threads that only read, ahead of those that decode; 0: as many as the place can use, which on a disk is none:
     there each of those that decode reads for itself."""
 
+    host_ranks: int = 0
+    """Processes of this job on this host; 0: as the launcher says. What all of them read of a store, one of them
+    fetches; 1: each for itself."""
+
     background_nice: int = 10
     """How far the threads that encode and write step back behind those that train."""
 
@@ -129,7 +133,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "anchor_ratio": (0, 1), "anchor_every": (1, 1 << 30),
     "memory_bytes_max": (0, 1 << 62), "undo_seconds": (0, float("inf")), "workers": (1, 1024),
     "readers": (0, 1024),
-    "background_nice": (0, 19), "frozen_check_every": (1, 1 << 30),
+    "host_ranks": (0, 1 << 20), "background_nice": (0, 19), "frozen_check_every": (1, 1 << 30),
     "put_attempts": (1, 1000), "retry_seconds": (0, 3600),
     "uploads": (1, 1024), "request_seconds": (0.01, 86400), "upload_seconds": (0.01, 86400),
     "outage_seconds": (0, float("inf")), "takeover_seconds": (0, float("inf")),

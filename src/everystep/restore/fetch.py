@@ -62,11 +62,15 @@ def fetch_boxes(
     by_view: dict[int, list[_Part]] = {}
     for part in parts:
         by_view.setdefault(id(part.view), []).append(part)
-    for view in manifest.views:
-        placing = _Placing(view, by_view.get(id(view), []))
-        for done in vault.read_chunks(view, sorted(placing.users), pool, placing):
-            if progress is not None:
-                progress(sum(view.layout.chunks[index].nbytes for index in done))
+    with vault.host_share() as share:
+        for view in manifest.views:
+            placing = _Placing(view, by_view.get(id(view), []))
+            # Of what is cut up each rank takes its own part, and all of them what none cuts.
+            alike = placing.whole() if share is not None else set()
+            for indices, handed in ((alike, share), (placing.users.keys() - alike, None)):
+                for done in vault.read_chunks(view, sorted(indices), pool, placing, share=handed):
+                    if progress is not None:
+                        progress(sum(view.layout.chunks[index].nbytes for index in done))
     return {path: [target.room for target in own] for path, own in targets.items()}
 
 
@@ -118,6 +122,10 @@ class _Target:
         self.itemsize = _itemsize(leaf.dtype)
         self.nbytes = box.size * self.itemsize
         self.room: Array
+
+    @property
+    def is_whole(self) -> bool:
+        return self.nbytes == math.prod(self.leaf.shape) * self.itemsize
 
     @property
     def grid(self) -> Array:
@@ -301,6 +309,10 @@ class _Placing:
         for part in parts:
             for index in part.chunks():
                 self.users.setdefault(index, []).append(part)
+
+    def whole(self) -> set[int]:
+        """Chunks that hold something of leaves which are wanted whole."""
+        return {index for index, users in self.users.items() if any(user.target.is_whole for user in users)}
 
     def room(self, index: int) -> Array | None:
         chunk, (user, *others) = self._chunks[index], self.users[index]

@@ -102,7 +102,5 @@ class Memory:
 
 def _share(seam: Seam) -> float:
     """This process's part of the machine; of several that a launcher has started on it, each takes its own."""
-    memory, beside = seam.memory(), seam.environ("LOCAL_WORLD_SIZE") or "1"
-    if memory is None:
-        return float("inf")
-    return memory // SHARE // max(int(beside) if beside.isdigit() else 1, 1)
+    memory = seam.memory()
+    return float("inf") if memory is None else memory // SHARE // seam.ranks_here()

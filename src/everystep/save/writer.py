@@ -159,6 +159,8 @@ class Writer:
         # Two pools: what training waits for is not left to threads that have stepped back.
         self._copying = seam.pool(settings.workers, "everystep-copy")
         self._pool = seam.pool(settings.workers, "everystep-encode", self._step_back)
+        self._copying.ready()
+        self._pool.ready()
         self._bases = Bases(leaning, settings, self._memory, vault.read_chunk)
         self._copier = Copier(self._copying)
         self.frozen = FrozenLeaves(settings.frozen_check_every, self._copier)
@@ -309,7 +311,7 @@ class Writer:
     def _save(self, job: Job) -> str:
         self._settle_doubt()
         self._pay(job)
-        self.term.ordinal += 1
+        self.term.ordinal = commits.next_ordinal(self._vault.log.history, self.term, job.step)
         draft = Draft(
             self._vault.seam.token(8), job.step, self.parent, job.metrics, self.term.ordinal, job.reason, self.ranks
         )
@@ -384,8 +386,7 @@ class Writer:
             )
         if self.rank != 0:
             stored = part.close(hand_over=commits.hand_over_bytes(self.ranks))
-            commits.put_receipt(self._vault, self.term, draft, self.rank, stored)
-            id = commits.await_settled(self._vault, self.term, draft)
+            id = commits.deliver(self._vault, self.term, draft, self.rank, stored)
             self._bases.take(job.snapshot, stored.spots, base)
             return id, stored
         others = commits.gather(self._vault, self.term, draft) if self.ranks > 1 else []

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import mmap
 import os
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -24,7 +28,9 @@ if sys.platform != "win32":
 
 __all__ = ["REAL", "Files", "Pool", "Process", "Seam", "Task"]
 SYNC_FILE_RANGE_WRITE = 2
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
 NICE_MAX = 19
+_LOADED = time.time()
 
 
 class Files:
@@ -106,6 +112,43 @@ class Files:
 
     def absolute(self, path: str) -> str:
         return os.path.abspath(os.path.expanduser(path))
+
+    def own_folder(self, path: str) -> bool:
+        """Makes a folder that is this user's alone, where it is not there yet; False where it is somebody else's."""
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        found = os.lstat(path)
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+    def open_shared(self, path: str) -> int:
+        """A file that several processes read, write and lock; it is made where it is not there yet."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+    def lock(self, fd: int, *, alone: bool, wait: bool = True) -> bool:
+        """Locks an open file, for this process alone or beside others, until it is closed; False where others have it
+        and nobody is to wait."""
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def is_at(self, fd: int, path: str) -> bool:
+        """Whether an open file is still the one at a path."""
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(path))
+        except FileNotFoundError:
+            return False
+
+    def nbytes(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def map(self, fd: int, nbytes: int) -> memoryview:
+        """The first bytes of an open file, without a copy of them; they stay when it is closed, or removed."""
+        return memoryview(mmap.mmap(fd, nbytes, prot=mmap.PROT_READ))
+
+    def remove_tree(self, path: str) -> None:
+        shutil.rmtree(path, ignore_errors=True)
 
     def read_text(self, path: str) -> str:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -208,6 +251,13 @@ class Seam:
             started=_life(os.getpid())[1],
         )
 
+    def began(self) -> float:
+        """When this process began, by the clock of `now`."""
+        ticks = _life(os.getpid())[1]
+        if not ticks:
+            return _LOADED
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
+
     def is_gone(self, other: Process) -> bool:
         """True only where this machine can know that the process does not exist any more."""
         here = self.process()
@@ -283,6 +333,17 @@ class Seam:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                 heard(source.read())
+
+    def host_folder(self) -> str | None:
+        """Where processes of this user on this host meet, for a while; None on a system without such locks."""
+        if sys.platform == "win32":
+            return None
+        return os.path.join(tempfile.gettempdir(), f"everystep-{os.getuid()}")
+
+    def ranks_here(self) -> int:
+        """How many processes of this job run on this host, as the launcher says; 1 if none says."""
+        said = next((found for name in _RANKS_HERE if (found := self.environ(name))), "1")
+        return max(int(said), 1) if said.isdigit() else 1
 
     def scratch_folder(self, parent: str | None) -> tempfile.TemporaryDirectory[str]:
         """A new folder in `parent`, or where the system has such; leaving the context removes it with all in it."""
@@ -378,8 +439,8 @@ def _link(path: str) -> str:
 def _life(pid: int) -> tuple[str, str]:
     """The kernel's state of a process, and its start time (ticks since boot), which tells a reused pid from the
     process that had it."""
-    stat = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return (stat[0], stat[19]) if len(stat) > 19 else ("", "")
+    found = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (found[0], found[19]) if len(found) > 19 else ("", "")
 
 
 REAL = Seam()

@@ -27,6 +27,19 @@ class Pool:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
+    def ready(self) -> None:
+        """Starts all threads now: a thread takes on the priority of the one that starts it."""
+        while len(self._threads) < self.workers:
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        with self._lock:
+            count = len(self._threads)
+            if count < self.workers:
+                thread = threading.Thread(target=self._work, name=f"{self._name}-{count}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
     def _work(self) -> None:
         if self._begin is not None:
             self._begin()
@@ -37,12 +50,8 @@ class Pool:
     def start(self, function: Callable[[T], R], item: T) -> Task[R]:
         task: Task[R] = Task(function, item)
         self._jobs.put(task.run)
-        with self._lock:
-            count = len(self._threads)
-            if count < self.workers:
-                thread = threading.Thread(target=self._work, name=f"{self._name}-{count}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
+        if len(self._threads) < self.workers:
+            self._add_thread()
         return task
 
     def map(self, function: Callable[[T], R], items: Iterable[T], window: int) -> Generator[R, None, None]:

@@ -12,6 +12,7 @@ from everystep.seam import Pool
 from everystep.vault import Committed, History, Manifest, PartView, Place, RunVault
 from everystep.vault.reader import Sink
 from everystep.vault.record import Where
+from everystep.vault.share import HostShare
 
 LOOK_SECONDS = 30.0
 """The log of the place behind is looked at again after so long."""
@@ -70,7 +71,14 @@ class NearestVault(RunVault):
         return _marked(self._far.manifest(found), id, is_behind=True)
 
     def read_chunks(
-        self, view: PartView, indices: Sequence[int], pool: Pool, sink: Sink | None = None, *, every_link: bool = False
+        self,
+        view: PartView,
+        indices: Sequence[int],
+        pool: Pool,
+        sink: Sink | None = None,
+        *,
+        every_link: bool = False,
+        share: HostShare | None = None,
     ) -> Iterator[list[int]]:
         mine = view if isinstance(view, _View) else None
         if mine is not None and mine.is_behind and self._far is not None:
@@ -78,7 +86,7 @@ class NearestVault(RunVault):
             return
         left = dict.fromkeys(indices)
         try:
-            for done in super().read_chunks(view, indices, pool, sink, every_link=every_link):
+            for done in super().read_chunks(view, indices, pool, sink, every_link=every_link, share=share):
                 for index in done:
                     del left[index]
                 yield done

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -15,9 +16,11 @@ from everystep.errors import Damaged
 from everystep.seam import Pool
 from everystep.vault.manifest import PartView, Spot
 from everystep.vault.names import PackName, pack_key
+from everystep.vault.share import HostShare
 
 Array = np.ndarray[Any, Any]
 Bytes = tuple[PackName, int, int]
+Get = Callable[[str, int, int], memoryview]
 READ_BYTES_MAX = 16 << 20
 GAP_BYTES_MAX = 64 << 10
 # What one thread takes at a time, in stored bytes: more than that leaves the caches before it is decoded.
@@ -88,6 +91,7 @@ class Reader:
         *,
         every_link: bool = False,
         fetchers: Pool | None = None,
+        share: HostShare | None = None,
     ) -> Iterator[list[int]]:
         """Reads chunks in parallel, and answers the numbers of those that are verified and in their place.
 
@@ -97,6 +101,7 @@ class Reader:
         Args:
             every_link: all of them are, for a base may be wrong in its hash alone.
             fetchers: threads that read ahead; without them, each thread of the pool reads what it decodes.
+            share: other processes of this host read the same, and one of them each thing.
         """
         chunks = view.layout.chunks
         wanted = []
@@ -119,10 +124,14 @@ class Reader:
 
         readers = fetchers.workers if fetchers is not None else 0
         groups, window = list(_group(wanted, max(8 * pool.workers, readers, 8))), 2 * pool.workers
+        if share is not None:
+            turn = int(share.turn * len(groups))
+            groups = groups[turn:] + groups[:turn]
+        get = self.storage.get if share is None else partial(share.get, self.storage)
         if fetchers is None:
-            yield from pool.map(lambda group: decode(self._fetch(group)), groups, window)
+            yield from pool.map(lambda group: decode(self._fetch(group, get)), groups, window)
         else:
-            yield from fetchers.relay(self._fetch, pool, decode, groups, readers + window)
+            yield from fetchers.relay(lambda group: self._fetch(group, get), pool, decode, groups, readers + window)
 
     def _decode_into(self, out: Array, chunk: Wanted, stored: dict[Bytes, memoryview], every_link: bool) -> None:
         base: Array | None = None
@@ -137,17 +146,17 @@ class Reader:
             pass  # whether it is this link or one before it is found out next
         out[:] = self.checked([(chunk.spot, chunk.nbytes)])[0]
 
-    def _fetch(self, chunks: list[Wanted]) -> Fetched:
+    def _fetch(self, chunks: list[Wanted], get: Get) -> Fetched:
         """What is stored of them and of all that they lean on; what lies together is read in one piece."""
         links = {_bytes(link): link for chunk in chunks for link in chunk.spot.links()}
         stored: dict[Bytes, memoryview] = {}
         for run in _coalesce(sorted(links.values(), key=_bytes)):
-            stored.update((_bytes(spot), piece) for spot, piece in self._get(run))
+            stored.update((_bytes(spot), piece) for spot, piece in self._get(run, get))
         return Fetched(chunks, stored)
 
-    def _get(self, run: list[Spot]) -> Iterator[tuple[Spot, memoryview]]:
+    def _get(self, run: list[Spot], get: Get) -> Iterator[tuple[Spot, memoryview]]:
         first, last = run[0], max(spot.offset + spot.length for spot in run)
-        stored = self.storage.get(pack_key(self.folder, first.pack), first.offset, last)
+        stored = get(pack_key(self.folder, first.pack), first.offset, last)
         for spot in run:
             at = spot.offset - first.offset
             yield spot, stored[at : at + spot.length]
@@ -160,7 +169,7 @@ class Reader:
             Damaged: naming the first link that is not what was saved.
         """
         chunks = [Wanted(i, spot, nbytes, spot.length) for i, (spot, nbytes) in enumerate(wanted)]
-        stored = self._fetch(chunks).stored
+        stored = self._fetch(chunks, self.storage.get).stored
         made: dict[Bytes, Array] = {}
         for spot, nbytes in wanted:
             base: Array | None = None
@@ -189,7 +198,7 @@ class Reader:
         out: dict[int, Array] = {}
         numbers = iter(order)
         for run in _coalesce([based[i][0] for i in order]):
-            for _, piece in self._get(run):
+            for _, piece in self._get(run, self.storage.get):
                 i = next(numbers)
                 out[i] = self._decode(piece, *based[i])
                 if encoded is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -19,6 +19,7 @@ from everystep.vault.pages import Pages
 from everystep.vault.place import Place
 from everystep.vault.reader import Reader, Sink
 from everystep.vault.record import Open, Where
+from everystep.vault.share import HostShare, host_share
 from everystep.vault.together import together
 from everystep.vault.writers import permit
 
@@ -127,23 +128,36 @@ class RunVault:
     def _pages(self) -> Pages:
         return Pages(self.storage, self.folder, self.seam)
 
+    def host_share(self) -> AbstractContextManager[HostShare | None]:
+        """What processes of this host hand each other, while they read."""
+        ranks = self.settings.host_ranks or self.seam.ranks_here()
+        return host_share(self.storage, self.folder, self.seam, ranks)
+
     def read_chunks(
-        self, view: PartView, indices: Sequence[int], pool: Pool, sink: Sink | None = None, *, every_link: bool = False
+        self,
+        view: PartView,
+        indices: Sequence[int],
+        pool: Pool,
+        sink: Sink | None = None,
+        *,
+        every_link: bool = False,
+        share: HostShare | None = None,
     ) -> Iterator[list[int]]:
         """Reads and verifies chunks in parallel, into the sink if there is one; the numbers of those that are done.
 
         Args:
             every_link: also what they lean on is held against its hash, which says nothing of these bytes.
+            share: of `host_share`, for what the others of this host read, too.
         """
         reader = Reader(self.storage, self.folder)
         readers = self.settings.readers
         if not readers and self.storage.fan_out > 1:
             readers = min(self.storage.fan_out, len(indices))
         if not readers:
-            yield from reader.read(view, indices, pool, sink, every_link=every_link)
+            yield from reader.read(view, indices, pool, sink, every_link=every_link, share=share)
             return
         with closing(self.seam.pool(readers, "everystep-fetch")) as fetchers:
-            yield from reader.read(view, indices, pool, sink, every_link=every_link, fetchers=fetchers)
+            yield from reader.read(view, indices, pool, sink, every_link=every_link, fetchers=fetchers, share=share)
 
     def read_chunk(self, spot: Spot, nbytes: int) -> Array:
         """The plain bytes of one chunk; it and all that it leans on are verified."""
