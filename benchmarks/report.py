@@ -15,9 +15,11 @@ from typing import Any
 from benchmarks import (
     behind,
     blocking,
+    cloud,
     codec,
     depth,
     history,
+    leaf,
     leaves,
     plots,
     ranks,
@@ -117,6 +119,21 @@ SECTIONS = (
     ),
     Section("leaves", "Many tiny leaves", "", leaves.tables, "python -m benchmarks.leaves"),
     Section("scale", "Many checkpoints", "", scale.tables, "python -m benchmarks.scale"),
+    Section(
+        "cloud", "To and from an object store",
+        "Against the same bytes put and got by obstore alone, as many at once. The gateway runs on the same machine, "
+        "and takes its share of both cores.",
+        cloud.tables, "python -m benchmarks.cloud",
+    ),
+    Section(
+        "cloud-apart", "The same, with cores of its own for the gateway",
+        "As from a machine that only trains: one core for the store, the other for the client.",
+        cloud.tables, "python -m benchmarks.cloud --apart",
+    ),
+    Section(
+        "leaf", "One leaf of a large checkpoint", "From an object store, by a program that has just opened it.",
+        leaf.tables, "python -m benchmarks.leaf",
+    ),
     Section(
         "ranks", "Four ranks",
         "One state, sharded over four processes that share the machine; every rank saves its part, and two others load "

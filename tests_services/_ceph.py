@@ -74,13 +74,13 @@ rgw_gc_processor_period = 5
 class Ceph:
     """Started when made. `stop` ends all of it; `kill_gateway` and `start_gateway` are an outage."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store_bytes: int = STORE_BYTES) -> None:
         self.folder = folder
         for name in ("mon", "osd", "rgw", "log"):
             (folder / name).mkdir(parents=True)
         mon, self.port = free_ports(2)
         self.fsid = str(uuid.uuid4())
-        configuration = CONFIGURATION.format(fsid=self.fsid, folder=folder, mon=mon, port=self.port, nbytes=STORE_BYTES)
+        configuration = CONFIGURATION.format(fsid=self.fsid, folder=folder, mon=mon, port=self.port, nbytes=store_bytes)
         (folder / "ceph.conf").write_text(configuration, encoding="ascii")
         self._environment = {**os.environ, "CEPH_CONF": str(folder / "ceph.conf")}
         self._running: list[Process] = []
