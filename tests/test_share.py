@@ -126,11 +126,11 @@ def test_the_setting_comes_before_the_launcher(folder: Path) -> None:
             assert (share is not None) is shares
 
 
-@pytest.mark.parametrize("said, count", [("8", 8), ("8(x2)", 1), ("0", 1), ("", 1)])
+@pytest.mark.parametrize("said, count", [("8", 8), ("8(x2),4", 8), ("0", 1), ("", 1), ("many", 1)])
 def test_how_many_ranks_the_launcher_says(said: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE"):
+    for name in ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", said)
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", said)
     assert Seam().ranks_here() == count
 
 

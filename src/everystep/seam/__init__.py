@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import mmap
 import os
+import re
 import shutil
 import signal
 import socket
@@ -28,7 +29,7 @@ if sys.platform != "win32":
 
 __all__ = ["REAL", "Files", "Pool", "Process", "Seam", "Task"]
 SYNC_FILE_RANGE_WRITE = 2
-_RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE")
 NICE_MAX = 19
 _LOADED = time.time()
 
@@ -343,7 +344,8 @@ class Seam:
     def ranks_here(self) -> int:
         """How many processes of this job run on this host, as the launcher says; 1 if none says."""
         said = next((found for name in _RANKS_HERE if (found := self.environ(name))), "1")
-        return max(int(said), 1) if said.isdigit() else 1
+        first = re.match(r"\d{1,6}", said)  # Slurm says "8(x2),4"
+        return max(int(first[0]), 1) if first else 1
 
     def scratch_folder(self, parent: str | None) -> tempfile.TemporaryDirectory[str]:
         """A new folder in `parent`, or where the system has such; leaving the context removes it with all in it."""
