@@ -29,7 +29,7 @@ def batch_of(step: int) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", default="runs")
-    parser.add_argument("--run", default="fsdp")
+    parser.add_argument("--name", default="fsdp")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="(?s).*this continuation is not exact: saved by")
     if not dist.is_initialized():
@@ -41,7 +41,7 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
 
-    with everystep.open(args.repo).run(args.run) as run:
+    with everystep.open(args.repo).run(args.name) as run:
         run.track(model=model, optimizer=optimizer)
         for step in run.steps(STEPS, save_every=SAVE_EVERY):
             x = batch_of(step)

@@ -436,7 +436,7 @@ def example(folder: Path, count: int, name: str, path: str) -> None:
 
     def work(rank: int) -> None:
         os.environ["TORCHELASTIC_RUN_ID"] = "none"  # as torchrun calls every start
-        sys.argv = [path, "--repo", str(folder / "runs"), "--run", name]
+        sys.argv = [path, "--repo", str(folder / "runs"), "--name", name]
         runpy.run_path(path, run_name="__main__")
 
     assert fork(count, work, f"{folder}/store-{name}-{random.random()}") == [0] * count

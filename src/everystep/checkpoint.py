@@ -169,14 +169,9 @@ class Checkpoint:
             return place_tracked(opened, into, strict=strict, whole=False, where=where, base=base, progress=progress)
         if not isinstance(like, str):
             return self._load_like(like, only, strict, progress)
-        base = opened.base
-        if only is None:
-            return self._load_all(opened, base, like, types, progress)
-        if isinstance(only, str):
-            return opened.build(_below(opened, base, only), like=like, types=types, progress=progress)
-        inside = {path: _below(opened, base, path) for path in only}
+        inside = _inside(opened, only)
         built = opened.build_all(list(inside.values()), like=like, types=types, progress=progress)
-        return {path: built[inside[path]] for path in inside}
+        return _as_asked(opened, only, {path: built[inside[path]] for path in inside})
 
     def summarize(self, *, only: str | None = None, progress: Progress | None = None) -> dict[str, LeafSummary | None]:
         """Norm, mean, range and what is not finite of every leaf, by path; None for leaves that hold no numbers.
@@ -358,7 +353,12 @@ class Checkpoint:
         return self._opened
 
     def _load_like(self, like: Any, only: str | Sequence[str] | None, strict: bool, progress: Progress | None) -> Any:
-        kept = self.load(only=only, like=KEPT, progress=progress)
+        opened = self._open()
+        inside = _inside(opened, only)
+        sketch = _as_asked(opened, only, {path: opened.sketch(inside[path]) for path in inside})
+        boxes = dict.fromkeys(inside.values(), adapters.wanted_by_template(like, sketch))
+        built = opened.build_all(list(inside.values()), like=KEPT, progress=progress, boxes=boxes)
+        kept = _as_asked(opened, only, {path: built[inside[path]] for path in inside})
         if only is None and type(kept) is dict and RNG in kept and not (type(like) is dict and RNG in like):
             del kept[RNG]  # ours, which nobody asks for
         made, report = adapters.rebuild(like, kept)
@@ -371,13 +371,24 @@ class Checkpoint:
             warnings.warn(f"{where}: {what}", EverystepWarning, stacklevel=3)
         return made
 
-    def _load_all(self, opened: Opened, base: str, like: str, types: Sequence[type], progress: Progress | None) -> Any:
-        if base:
-            return opened.build(base, like=like, types=types, progress=progress)
-        whole = opened.build("", like=like, types=types, progress=progress)
+
+def _inside(opened: Opened, only: str | Sequence[str] | None) -> dict[str, str]:
+    """What a load was asked for, each by its path as the caller calls it: the whole path."""
+    base = opened.base
+    if only is None:
+        return {"": base}
+    return {path: _below(opened, base, path) for path in ([only] if isinstance(only, str) else only)}
+
+
+def _as_asked(opened: Opened, only: str | Sequence[str] | None, found: dict[str, Any]) -> Any:
+    """What lies at the paths of `_inside`, in the form that the caller gets it in."""
+    if only is not None and not isinstance(only, str):
+        return found
+    (one,) = found.values()
+    if only is None and not opened.base:
         for name in (LOOP, WORKER):
-            whole.pop(name, None)
-        return whole
+            one.pop(name, None)
+    return one
 
 
 def _below(opened: Opened, base: str, path: str) -> str:

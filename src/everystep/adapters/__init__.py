@@ -91,7 +91,8 @@ class Held(msgspec.Struct, frozen=True, gc=False):
 
 
 class Kept(msgspec.Struct, frozen=True, gc=False):
-    """A leaf as it lies in a checkpoint, for an adapter that knows better than its kind what it is to become."""
+    """A leaf, or a box of one, as it lies in a checkpoint, for an adapter that knows better than its kind what it is to
+    become."""
 
     leaf: Leaf
     data: np.ndarray[Any, Any]
@@ -106,6 +107,15 @@ class Boxed(msgspec.Struct, frozen=True, gc=False):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.leaf.shape
+
+
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """How an object takes what was saved of it."""
+
+    boxes: dict[str, tuple[Box, ...]]
+    """Of the leaves of which it takes only some boxes on this rank, those: they are `Boxed`."""
+    kept: bool = False
+    """Whether it takes leaves as `Kept`."""
 
 
 class Shared(msgspec.Struct, frozen=True, gc=False):
@@ -140,13 +150,29 @@ def rebuild(template: Any, saved: Any) -> tuple[Any, LoadReport]:
     Raises:
         UsageError: where nothing knows the structure of the template.
     """
+    report = LoadReport()
+    return _adapter_of_templates(template).rebuild(template, saved, report), report
+
+
+def wanted_by_template(template: Any, sketch: Any) -> dict[str, tuple[Box, ...]]:
+    """Of the leaves that `rebuild` will be given, those of which only some boxes are to be read on this rank.
+
+    Args:
+        sketch: the saved state with the descriptions of leaves in place of them.
+
+    Raises:
+        UsageError: where nothing knows the structure of the template.
+    """
+    return _adapter_of_templates(template).wanted_by_template(template, sketch)  # type: ignore[no-any-return]
+
+
+def _adapter_of_templates(template: Any) -> Any:
     if "jax" not in sys.modules:
         raise UsageError(
             f"like={type(template).__name__} is not known",
             do='like="numpy", "torch" or "saved"; or a pytree that the state is to look like, in a program of JAX',
         )
-    report = LoadReport()
-    return _framework_adapter("jax").rebuild(template, saved, report), report
+    return _framework_adapter("jax")
 
 
 def describe(value: Any, path: str, ranks: int | None = None) -> Any:
@@ -242,15 +268,16 @@ def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:
     raise untrackable(target, path)
 
 
-def wanted(target: Any, sketch: Callable[[], Any], path: str, tracked: Mapping[str, Any]) -> dict[str, tuple[Box, ...]]:
-    """Of the leaves that `apply` will be given, those of which a tracked object on this rank takes only some boxes.
+def wanted(target: Any, sketch: Callable[[], Any], path: str, tracked: Mapping[str, Any]) -> Wanted:
+    """How a tracked object on this rank takes the leaves that `apply` will be given.
 
     Args:
         sketch: gives the saved state with the descriptions of leaves in place of them.
     """
-    if "torch" not in sys.modules:
-        return {}
-    return _framework_adapter("torch").wanted(target, sketch, path, tracked)  # type: ignore[no-any-return]
+    boxes = _framework_adapter("jax").wanted(target, sketch) if "jax" in sys.modules else None
+    if boxes is not None:
+        return Wanted(boxes, kept=True)
+    return Wanted(_framework_adapter("torch").wanted(target, sketch, path, tracked) if "torch" in sys.modules else {})
 
 
 def apply(target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport) -> Place:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from everystep.adapters import Shared, composites, jax_nnx, jax_tree
+from everystep.adapters import Shared, composites, jax_nnx, jax_place, jax_tree
 from everystep.adapters import numpy as numpy_adapter
 from everystep.adapters.composites import Misfit
-from everystep.adapters.jax_place import ARRAY, KEY, WEAK, is_key, make_key
+from everystep.adapters.jax_place import ARRAY, KEY, NOTHING, WEAK, is_key, make_key
 from everystep.adapters.jax_place import build as build
 from everystep.errors import Unsupported
 from everystep.schema import Box, Composite, Described, LoadReport, Roled
@@ -92,7 +92,7 @@ def _held(value: jax.Array) -> tuple[tuple[Box, ...], Any]:
     empty one if others hold all of it first."""
     shards = _shards(value)
     if not shards:
-        return (Box((0,), (0,), flat=True),), Pieces((0,), [])
+        return (NOTHING,), Pieces((0,), [])
     start = tuple(min(ends) for ends in zip(*(box.start for box, _ in shards)))
     stops = zip(*(tuple(a + n for a, n in zip(box.start, box.shape)) for box, _ in shards))
     box = Box(start, tuple(max(ends) - first for ends, first in zip(stops, start)))
@@ -166,18 +166,40 @@ def capture(target: Any, path: str, tracked: Mapping[str, Any]) -> Any:
     return jax_nnx.capture(target) if jax_nnx.owns(target) else None
 
 
+def wanted(target: Any, sketch: Callable[[], Any]) -> dict[str, tuple[Box, ...]] | None:
+    """Of the saved leaves of a target, the boxes that its arrays over several processes hold here; None for a target
+    that is not JAX's. `apply` takes leaves as `Kept`: whatever is larger than one device never lies on one."""
+    if jax_nnx.owns(target):
+        found = jax_nnx.pairs(target, sketch())
+        return jax_place.wanted(pair for one in found for pair in jax_tree.takers(*one))
+    template = _asked(target)
+    return None if template is None else wanted_by_template(template, sketch())
+
+
+def wanted_by_template(template: Any, sketch: Any) -> dict[str, tuple[Box, ...]]:
+    """The same of a template that `rebuild` will be given."""
+    return jax_place.wanted(jax_tree.takers(template, sketch))
+
+
+def _asked(target: Any) -> Any:
+    """What the getter of a pair gives, if there are arrays of JAX in it."""
+    if not isinstance(target, tuple) or len(target) != 2 or not all(map(callable, target)):
+        return None
+    template = target[0]()
+    return template if any(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(template)) else None
+
+
 def apply(
     target: Any, state: Any, path: str, tracked: Mapping[str, Any], report: LoadReport
 ) -> Callable[[], None] | None:
     """NNX objects are filled in place. A setter gets what its getter gives: the same classes, devices and shardings."""
     if jax_nnx.owns(target):
         return jax_nnx.apply(target, state, path, report, jax_tree.rebuild)
-    if isinstance(target, tuple) and len(target) == 2 and all(map(callable, target)):
-        template = target[0]()
-        if any(isinstance(leaf, jax.Array) for leaf in jax.tree_util.tree_leaves(template)):
-            made = jax_tree.rebuild(template, state, report, path)
-            return lambda: _no_answer(target[1](made))
-    return None
+    template = _asked(target)
+    if template is None:
+        return None
+    made = jax_tree.rebuild(template, state, report, path)
+    return lambda: _no_answer(target[1](made))
 
 
 def _no_answer(_: Any) -> None:

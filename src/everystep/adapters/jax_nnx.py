@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from everystep.schema import LoadReport, Roled, join
@@ -64,10 +64,7 @@ def apply(target: Any, state: Any, path: str, report: LoadReport, rebuild: Rebui
     """Matches what was saved with the variables, each by `rebuild`; the answer fills them."""
     nnx = _nnx()
     placed, known = [], set()
-    for keys, leaf in _flat(target):
-        where, given = path, state
-        for key in keys:
-            where, given = join(where, key), _entry(given, key)
+    for keys, where, leaf, given in _matched(target, state, path):
         known.add(where)
         if given is _NOWHERE:
             report.missing.append(where)
@@ -77,7 +74,21 @@ def apply(target: Any, state: Any, path: str, report: LoadReport, rebuild: Rebui
     return lambda: nnx.update(target, nnx.from_flat_state(placed))
 
 
+def pairs(target: Any, state: Any) -> Iterator[tuple[Any, Any]]:
+    """(variable or array, what was saved of it) of those that `apply` finds."""
+    return ((leaf, given) for _, _, leaf, given in _matched(target, state, "") if given is not _NOWHERE)
+
+
 _NOWHERE: Any = object()
+
+
+def _matched(target: Any, state: Any, path: str) -> Iterator[tuple[tuple[Any, ...], str, Any, Any]]:
+    """(keys, path, variable or array, what was saved there) of an object."""
+    for keys, leaf in _flat(target):
+        where, given = path, state
+        for key in keys:
+            where, given = join(where, key), _entry(given, key)
+        yield keys, where, leaf, given
 
 
 def _entry(given: Any, key: Any) -> Any:

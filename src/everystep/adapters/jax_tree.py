@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from everystep.adapters import Kept, jax_nnx
+from everystep.adapters import Boxed, Kept, jax_nnx
 from everystep.adapters import numpy as numpy_adapter
-from everystep.adapters.jax_place import ARRAY, KEY, WEAK, build, impl_of, is_key, make_key, put
-from everystep.schema import Composite, Fields, LoadReport, Roled, join
+from everystep.adapters.jax_place import ARRAY, KEY, WEAK, build, impl_of, is_key, make_key, put, put_boxes, put_key
+from everystep.schema import Composite, Fields, Leaf, LoadReport, Roled, join
 from everystep.schema.plain import is_plain
 
 _MISSING: Any = object()
@@ -88,7 +88,7 @@ def rebuild(template: Any, saved: Any, report: LoadReport, path: str) -> Any:
 
     Args:
         template: a pytree; jax.ShapeDtypeStruct, with a sharding or without, can stand for arrays.
-        saved: as a load gives it: arrays as they are, or `Kept`.
+        saved: as a load gives it: arrays as they are, `Kept`, or `Boxed` where `takers` led to that.
         report: told what came in, what is missing, unexpected, or of another shape or type. What did not come in is
             the template's own.
     """
@@ -109,7 +109,7 @@ def rebuild(template: Any, saved: Any, report: LoadReport, path: str) -> Any:
     used: set[Any] = set()
     made: dict[Any, Any] = {}
     for key, child, is_static in known:
-        given = next((name for name in (key, str(key)) if name in entries), _MISSING)
+        given = _name(key, entries)
         used.add(given)
         where = join(path, key)
         if given is not _MISSING:
@@ -120,6 +120,33 @@ def rebuild(template: Any, saved: Any, report: LoadReport, path: str) -> Any:
             report.missing.append(where)
     report.unexpected += [join(path, name) for name, value in entries.items() if name not in used and _holds(value)]
     return _assembled(template, made)
+
+
+def takers(template: Any, saved: Any) -> Iterator[tuple[Any, Leaf]]:
+    """(what takes it, None if that is no array; description) of the leaves that `rebuild` would take.
+
+    Args:
+        saved: a state with the descriptions of leaves in place of them.
+    """
+    if jax_nnx.is_variable(template):
+        yield from takers(template.get_raw_value(), saved)
+        return
+    if isinstance(saved, Leaf):
+        yield template, saved
+        return
+    entries = _entries(saved.parts if isinstance(saved, Composite) else saved) or {}
+    if isinstance(saved, Composite) or template is None or _is_leaf(template):
+        for value in entries.values():
+            yield from takers(None, value)
+        return
+    for key, child, _ in _node(template) or ():
+        if (given := _name(key, entries)) is not _MISSING:
+            yield from takers(child, entries[given])
+
+
+def _name(key: Any, entries: Mapping[Any, Any]) -> Any:
+    """What a key of the template is called in what was saved."""
+    return next((name for name in (key, str(key)) if name in entries), _MISSING)
 
 
 def _is_leaf(value: Any) -> bool:
@@ -226,13 +253,17 @@ def _array(saved: Any) -> Array | None:
 
 
 def _is_weak(saved: Any, otherwise: bool) -> bool:
-    if isinstance(saved, Kept):
+    if isinstance(saved, (Kept, Boxed)):
         return saved.leaf.kind == WEAK if saved.leaf.kind in _KINDS else otherwise
     return bool(saved.weak_type) if isinstance(saved, jax.Array) else otherwise
 
 
 def _fit_array(template: Any, saved: Any, path: str) -> Any:
     array, weak = _array(saved), _is_weak(saved, bool(getattr(template, "weak_type", False)))
+    if isinstance(saved, Boxed):
+        boxes = {box: numpy_adapter.as_array(kept.leaf, kept.data) for box, kept in saved.boxes.items()}
+        fits = saved.shape == tuple(template.shape) and all(one.dtype == template.dtype for one in boxes.values())
+        return put_boxes(boxes, path, template, weak=weak) if fits else _MISSING
     if _is_number(saved) and template.shape == ():
         array, weak = np.asarray(saved).astype(template.dtype), True
         if array != saved and saved == saved:
@@ -254,5 +285,6 @@ def _fit_key(template: Any, saved: Any, path: str) -> Any:
         data, impl = _array(saved), impl_of(template)
     if data is None or impl is None or data.dtype != np.uint32:
         return _MISSING
-    made = make_key(data, impl, path, template)
-    return made if (made.shape, made.dtype) == (tuple(template.shape), template.dtype) else _MISSING
+    made = make_key(data, impl, path)
+    fits = (made.shape, made.dtype) == (tuple(template.shape), template.dtype)
+    return put_key(made, path, template) if fits else _MISSING

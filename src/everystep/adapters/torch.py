@@ -226,7 +226,8 @@ def apply(
         return torch_optim.apply(target, state, path, tracked, report)
     if isinstance(target, torch.Generator):
         return _apply_generator(target, state, path, report)
-    if not any(isinstance(one, Boxed) for one, _ in torch_sharded.side_by_side(state, state)):
+    boxed = any(isinstance(one, Boxed) for one, _ in torch_sharded.side_by_side(state, state))
+    if not boxed or not hasattr(target, "load_state_dict"):
         return None
     report.loaded.append(path)
     return lambda: _no_answer(target.load_state_dict(torch_sharded.cut_alike(target.state_dict(), state)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, reduce
@@ -94,11 +94,13 @@ class Opened:
         types: Sequence[type] = (),
         progress: Progress | None = None,
         boxes: Mapping[str, Boxes] | None = None,
+        kept: Collection[str] = (),
     ) -> dict[str, Any]:
         """path -> the part of the state under it, as `build` gives it; all read at once. No two share memory.
 
         Args:
             boxes: by path, the leaves below it of which only boxes are wanted: they are `adapters.Boxed`.
+            kept: the paths below which leaves are wanted as with `KEPT`.
         """
         if like not in LIKES and like != KEPT:
             raise UsageError(f"like={like!r} is not known", do=f"one of {', '.join(LIKES)}")
@@ -112,7 +114,7 @@ class Opened:
         for path, found in trees.items():
             own = {name: _held(data[name], wanted[name], copied=name not in unused) for name in names[path]}
             unused -= names[path]
-            built[path] = reduce(_merge, [_build(tree, own, like, types) for tree in found])
+            built[path] = reduce(_merge, [_build(tree, own, KEPT if path in kept else like, types) for tree in found])
         return built
 
     def leaves(self) -> list[Leaf]:
@@ -154,15 +156,15 @@ class Opened:
         Raises:
             NotFound: naming the nearest paths.
         """
-        return self._drawn(path, lambda leaf: np.empty(0))
+        return self._drawn(path, lambda leaf: np.empty(0), lambda composite: composite.parts)
 
     def sketch(self, path: str) -> Any:
-        """The same with the leaves' descriptions in place of them."""
-        return self._drawn(path, lambda leaf: leaf)
+        """The same with the leaves' descriptions in place of them, and composites as they are."""
+        return self._drawn(path, lambda leaf: leaf, lambda composite: composite)
 
-    def _drawn(self, path: str, draw: Callable[[Leaf], Any]) -> Any:
+    def _drawn(self, path: str, draw: Callable[[Leaf], Any], compose: Callable[[Composite], Any]) -> Any:
         drawn = [
-            unflatten(tree, lambda index: draw(tree.leaves[index]), lambda composite: composite.parts)  # noqa: B023
+            unflatten(tree, lambda index: draw(tree.leaves[index]), compose)  # noqa: B023
             for tree in self._trees(path)
         ]
         return reduce(_merge, drawn)

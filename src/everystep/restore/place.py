@@ -40,12 +40,18 @@ def place_tracked(
         report.unexpected += [name for name in names if name not in {join("", key) for key in tracked}]
     inside = {join("", name): f"{base}/{join('', name)}" if base else join("", name) for name in tracked}
     paths = [inside[path] for path in inside if path in names]
-    boxes = {
+    wanted = {
         inside[path]: adapters.wanted(target, partial(opened.sketch, inside[path]), path, tracked)
         for path, target in ((join("", name), target) for name, target in tracked.items())
         if path in names
     }
-    states = opened.build_all(paths, like="saved", progress=progress, boxes=boxes)
+    states = opened.build_all(
+        paths,
+        like="saved",
+        progress=progress,
+        boxes={path: one.boxes for path, one in wanted.items()},
+        kept=[path for path, one in wanted.items() if one.kept],
+    )
     places = []
     for name, target in tracked.items():
         path = join("", name)
