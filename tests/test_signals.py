@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _train import Job, Numbers, go, new_repository, one_thread
@@ -19,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import everystep
+from everystep import EverystepWarning
 
 __all__ = ["one_thread"]
 
@@ -252,3 +255,56 @@ def test_no_run_is_kept_alive_by_its_handler(handlers: tuple[Any, Any]) -> None:
     gc.collect()
     assert gone() is None
     assert torch.is_tensor(job.model[0].weight)
+
+
+EXPLICIT = """
+state = np.zeros(3)
+with everystep.open(sys.argv[1]).run("x") as explicit:
+    for step in explicit.steps(10):
+        train(step)
+        state = state + 1
+        if step % 2 == 0:
+            explicit.save(step, state={"w": state})
+    if explicit.stopped and "save" in sys.argv:
+        explicit.save(step, state={"w": state})
+print("done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_state_that_is_given_at_each_save_is_saved_behind_the_loop_or_missed_aloud(
+    saves: bool, tmp_path: Path
+) -> None:
+    body = EXPLICIT if not saves else "sys.argv.append('save')\n" + EXPLICIT
+    with program(tmp_path, "import numpy as np\n" + body) as started:
+        started.send_signal(signal.SIGTERM)
+        code, out, errors = finish(started)
+    assert code == 0 and out.split() == ["done"], errors
+    kept = everystep.open(str(tmp_path))["x"].latest
+    assert kept is not None and kept.step == (3 if saves else 2)
+    assert kept.load()["w"].tolist() == [kept.step] * 3
+    said = (
+        "SIGTERM ended the loop after step 3, which is not saved: a loop saves what is tracked, and nothing is; what is"
+    )
+    assert (said + " saved is step 2" in errors) == (not saves) and errors.count("if run.stopped: run.save") == (
+        not saves
+    )
+
+
+def test_what_a_stop_costs_is_said_once_by_the_next_loop_or_at_the_end() -> None:
+    run = new_repository().run("r")
+    for _ in run.steps(5):
+        run.stop()
+    with pytest.warns(
+        EverystepWarning, match="stop ended the loop after step 1, which is not saved.*nothing was saved in"
+    ):
+        loop = run.steps(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in loop:
+            if step == 2:
+                run.save(step, state={"a": np.ones(1)})
+                run.stop()
+        for _ in run.steps(4):
+            pass
+        run.close()

@@ -18,7 +18,7 @@ from independent_reader import Run as IndependentRun
 
 import everystep
 from everystep import Checkpoint, EverystepWarning, Part, Repository, UsageError, formats
-from everystep.cli.show import _workers
+from everystep.cli.workers import WORKERS_SHOWN, spread_lines, spreads, worker_lines
 
 __all__ = ["one_thread"]
 
@@ -89,9 +89,46 @@ def test_show_lists_the_workers(by_two: Path) -> None:
 
 def test_a_narrow_terminal_is_told_what_found_no_room(by_two: Path) -> None:
     worker = {"rank": 0, "host": "h", "loss": 1.0, "a_metric_with_a_long_name": 2.0, "another_metric": 3}
-    head, _, note = (line.plain for line in _workers([worker], 40))
+    head, _, note = (line.plain for line in worker_lines([worker], 40))
     assert head.split() == ["rank", "host", "loss"]
     assert note == "  no room for a_metric_with_a_long_name, another_metric"
+
+
+def test_show_says_how_far_workers_are_apart(by_two: Path) -> None:
+    spread = json_of(by_two, "show", "r@2")["spreads"]
+    assert spread["loss"] == {
+        "workers": 2, "least": 1.0, "least_rank": 0, "median": 1.5, "most": 2.0, "most_rank": 1,
+    }  # fmt: skip
+    lines = lines_of(by_two, "show", "r@2")
+    at = lines.index("over workers")
+    assert lines[at + 1].split() == ["metric", "least", "rank", "median", "most", "rank", "workers"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[at + 2 : at + 5]}
+    assert rows["loss"] == ["1.0000", "0", "1.5000", "2.0000", "1", "2"]
+    assert rows["step_time"] == ["0.2500"] * 3 + ["2"], "whose it is says nothing where all are alike"
+    assert rows["examples"] == ["128", "128", "128", "2"]
+
+
+def test_the_straggler_of_many_is_named_and_the_others_are_not_listed() -> None:
+    workers: list[dict[str, Any]] = [
+        {"rank": rank, "host": f"h{rank}", "step_time": 9.5 if rank == 700 else 0.25 + rank / 10_000}
+        for rank in range(1024)
+    ]
+    workers[3] |= {"step_time": math.nan, "phase": "idle", "ok": True}
+    workers[5] |= {"lonely": 1.0}
+    found = spreads(workers)
+    assert found.keys() == {"step_time"}, "texts, truths and what one alone has are not spread"
+    time = found["step_time"]
+    assert (time["workers"], time["least_rank"], time["most"], time["most_rank"]) == (1023, 0, 9.5, 700)
+    assert time["median"] == pytest.approx(0.3012, abs=1e-3)
+    (line,) = (line.plain for line in worker_lines(workers, 80))
+    assert line == "  1024 ranks said something of themselves; --json lists each"
+    assert len(list(worker_lines(workers[:WORKERS_SHOWN], None))) == WORKERS_SHOWN + 1
+    assert [line.plain.split() for line in spread_lines(found, 80)][1] == [
+        "step_time", "0.2500", "0", "0.3012", "9.5000", "700", "1023",
+    ]  # fmt: skip
+    assert spreads(workers[:1]) == {} and list(spread_lines({}, 80)) == []
+    alike = [{"rank": rank, "host": "h", "n": (1, 2)[rank > 1]} for rank in range(4)]
+    assert (spreads(alike)["n"]["least_rank"], spreads(alike)["n"]["most_rank"]) == (0, 2)
 
 
 def test_it_is_in_nobodys_way(by_two: Path, tmp_path: Path) -> None:

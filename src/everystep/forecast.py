@@ -10,13 +10,14 @@ import msgspec
 
 from everystep.loop import Loop
 from everystep.rules import AnyOf, Every, Rule, every
-from everystep.schema import Layout
+from everystep.schema import Layout, Leaf
 from everystep.seam import Seam
 from everystep.upkeep import DROP, KEEP, Kept, plan
 from everystep.vault import RunVault
 
 SAVES_MAX = 200_000
 """A plan of more saves is counted, and not laid out."""
+_BY_ALL = " (what all {} ranks save, as far as it is known)"
 
 
 class Planned(msgspec.Struct, frozen=True):
@@ -89,34 +90,77 @@ def free_bytes(place: str, seam: Seam) -> int | None:
         return None
 
 
-def outlook(
-    vault: RunVault, loop: Loop | None, keeping: Sequence[Rule | None], layout: Layout, quota: int | None
-) -> str | None:
-    """Before the first save of a run: what to say if what is planned may not find room. None if it surely does.
+class Outlook:
+    """What a run says, once, of the space that its plan may take: before its first save what is known then, and of
+    several ranks, as soon as the first checkpoint says it, what all of them store."""
 
-    Args:
-        loop: that saves; None where it is done by hand, and one save is all that is known of.
-        keeping: the rules of keep and keep_full.
-        layout: of the state; not encoded yet, so this is the most that it takes.
-    """
-    limits = (free_bytes(vault.storage.url, vault.seam), quota)
-    room = min((limit for limit in limits if limit is not None), default=None)
-    if room is None or vault.log.history.latest is not None:
-        return None
-    total, epoch = loop.extent() if loop is not None else (None, None)
-    planned = foresee(loop.rule if loop is not None else AnyOf([]), total, epoch, None, *keeping)
-    whole = sum(stream.nbytes for stream in layout.streams)
-    lasting = sum(stream.nbytes for stream in layout.streams if stream.role != "optimizer")
-    kept = planned.kept if planned.kept is not None else planned.saves or 1
-    full = min(kept, planned.full if planned.full is not None else kept)
-    most = (full + 1) * whole + (kept - full) * lasting  # one more is there while it is written
-    if most <= room:
-        return None
-    what = f"{kept} checkpoints of {_size(whole)} take" if kept > 1 else f"a checkpoint of {_size(whole)} takes"
-    return (
-        f"{what} up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
-        "what `everystep doctor` measures; keep= and keep_full= hold less"
-    )
+    def __init__(self, keeping: Sequence[Rule | None], quota: int | None) -> None:
+        self._keeping, self._quota = keeping, quota
+        self._done = self._begun = False
+
+    def say(
+        self, vault: RunVault, loop: Loop | None, layout: Layout, leaves: Sequence[Leaf], rank: int, ranks: int
+    ) -> str | None:
+        """Before a save. None if it surely fits, or was said before.
+
+        Args:
+            loop: that saves; None where it is done by hand, and one save is all that is known of.
+            layout: of what this rank saves; not encoded yet, so this is the most that it takes.
+        """
+        latest = vault.log.history.latest
+        self._done = self._done or rank > 0 or (latest is not None and not self._begun)
+        if self._done:
+            return None
+        self._begun = True
+        cost = latest.event.cost if latest is not None else None
+        free = free_bytes(vault.storage.url, vault.seam)
+        free = free + cost.stored_bytes if free is not None and cost is not None else free
+        room = min((limit for limit in (free, self._quota) if limit is not None), default=None)
+        said = None
+        if room is not None:
+            whole, lasting = _bytes_of(layout, leaves, ranks)
+            if cost is not None:
+                whole, lasting = cost.raw_bytes, round(cost.raw_bytes * lasting / whole) if whole else cost.raw_bytes
+            said = self._judge(loop, whole, lasting, room)
+        self._done = said is not None or room is None or cost is not None or ranks == 1
+        return f"{said}{_BY_ALL.format(ranks) if ranks > 1 else ''}" if said is not None else None
+
+    def _judge(self, loop: Loop | None, whole: int, lasting: int, room: int) -> str | None:
+        """
+        Args:
+            whole: bytes of a checkpoint, with its optimizer state.
+            lasting: without it.
+        """
+        total, epoch = loop.extent() if loop is not None else (None, None)
+        planned = foresee(loop.rule if loop is not None else AnyOf([]), total, epoch, None, *self._keeping)
+        kept = planned.kept if planned.kept is not None else planned.saves or 1
+        full = min(kept, planned.full if planned.full is not None else kept)
+        most = (full + 1) * whole + (kept - full) * lasting  # one more is there while it is written
+        if most <= room:
+            return None
+        what = f"{kept} checkpoints of {_size(whole)} take" if kept > 1 else f"a checkpoint of {_size(whole)} takes"
+        return (
+            f"{what} up to {_size(most)}, and there is room for {_size(room)}: deltas make it less, by how much is "
+            "what `everystep doctor` measures; keep= and keep_full= hold less"
+        )
+
+
+def _bytes_of(layout: Layout, leaves: Sequence[Leaf], ranks: int) -> tuple[int, int]:
+    """(in all, without optimizer state) of a checkpoint as one rank can know it: its own, and of each leaf that is cut
+    over ranks all of it. What others hold beside that is not seen, so it may be more and is never less."""
+    whole = lasting = 0
+    cut = set[int]()
+    for region in layout.regions:
+        leaf = leaves[region.leaf]
+        if region.leaf in cut:
+            continue
+        nbytes = region.nbytes
+        if leaf.boxes and ranks > 1:
+            cut.add(region.leaf)
+            nbytes = leaf.nbytes
+        whole += nbytes
+        lasting += nbytes if layout.streams[region.stream].role != "optimizer" else 0
+    return whole, lasting
 
 
 def _size(nbytes: float) -> str:

@@ -318,8 +318,8 @@ class FrontPast(PastRun):
     def undo(self) -> list[Checkpoint]:
         return self._front.undo()
 
-    def prune(self, *, now: bool = False) -> Freed:
-        return self._front.prune(now=now)
+    def prune(self, *, now: bool = False, dry_run: bool = False) -> Freed:
+        return self._front.prune(now=now, dry_run=dry_run)
 
     def repack(self, *, dead: float = 0.5, progress: Callable[[int, int], None] | None = None) -> Repacked:
         return self._front.repack(dead=dead, progress=progress)

@@ -37,6 +37,9 @@ class Loop:
         self._saved_step = self.step if self.step else None
         self._bests = self._past_bests()
         self._running = False
+        self._by_hand: int | None = None
+        self._lost: tuple[str, int] | None = None
+        """Why the loop ended after which step, where it could not save that step itself."""
 
     def __iter__(self) -> Iterator[Any]:
         """However the loop is left, by its end, a break or an error: signals are given back at once."""
@@ -104,6 +107,8 @@ class Loop:
         if run.stopped is not None:
             reason = run.stopped
         ends = last or run.stopped is not None
+        if run.stopped is not None and not run._tracked:
+            self._lost = run.stopped, self.step
         if reason is not None and run._tracked and self._saved_step != self.step:
             saved = run._save(self.step, None, {}, reason, may_skip=run._when_busy == "skip" and not ends)
             if not saved.skipped:
@@ -121,6 +126,22 @@ class Loop:
     def leave(self) -> None:
         """The end, for good: also gives back what the loop holds."""
         self.end()
+
+    def note_saved(self, step: int) -> None:
+        """A save has begun, whoever asked for it."""
+        self._by_hand = step
+
+    def tell_lost(self) -> None:
+        """Once nobody can save behind the loop any more: that a signal has cost the steps since the last save."""
+        lost, self._lost = self._lost, None
+        if lost is None or (self._by_hand is not None and self._by_hand >= lost[1]):
+            return
+        kept = f"what is saved is step {self._by_hand}" if self._by_hand is not None else "nothing was saved in it"
+        self._run._warn(
+            f"{lost[0]} ended the loop after step {lost[1]}, which is not saved: a loop saves what is tracked, and "
+            f"nothing is; {kept}. Behind the loop: if run.stopped: run.save(step, state=…); or let the loop save, with "
+            "run.track(train=(get, put))"
+        )
 
 
 def _watch_signals(run: Run) -> Callable[[], None]:

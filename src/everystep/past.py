@@ -20,7 +20,18 @@ from everystep.rules import Rule, better, check_rule, known_mode, mode_of
 from everystep.schema import plain
 from everystep.schema.plain import check_text
 from everystep.seam import Process
-from everystep.upkeep import Decision, Freed, Repacked, RunStats, bring_back, can_return, collect, measure_run, repack
+from everystep.upkeep import (
+    Decision,
+    Freed,
+    Lag,
+    Repacked,
+    RunStats,
+    bring_back,
+    can_return,
+    collect,
+    measure_run,
+    repack,
+)
 from everystep.vault import Committed, History, Place, RunVault
 from everystep.vault.record import Note, Tag
 
@@ -36,6 +47,11 @@ class PastRun:
 
     def __repr__(self) -> str:
         return f"<run {self.name!r} in {self._vault.storage.url}>"
+
+    @property
+    def lag(self) -> Lag | None:
+        """What the place behind has not got yet; None where the repository was opened without one."""
+        return None
 
     @property
     def latest(self) -> Checkpoint | None:
@@ -276,14 +292,16 @@ class PastRun:
         bring_back(self._vault, ids, self._vault.author)
         return [self._checkpoint(history.commits[id]) for id in ids]
 
-    def prune(self, *, now: bool = False) -> Freed:
+    def prune(self, *, now: bool = False, dry_run: bool = False) -> Freed:
         """Frees what nothing needs any more. Safe beside a process that is saving.
 
         Args:
             now: also what could still be brought back.
+            dry_run: only say what would be freed.
         """
-        freed = collect(self._vault, self._vault.author, at_once=now, rewrites=True)
-        self._vault.place.sweep()
+        freed = collect(self._vault, self._vault.author, at_once=now, rewrites=True, dry_run=dry_run)
+        if not dry_run:
+            self._vault.place.sweep()
         return freed
 
     def repack(self, *, dead: float = 0.5, progress: Callable[[int, int], None] | None = None) -> Repacked:

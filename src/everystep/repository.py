@@ -22,7 +22,7 @@ from everystep.run import Run
 from everystep.seam import REAL, Seam
 from everystep.settings import DEFAULT, LIMITS, Settings
 from everystep.storage import open_storage
-from everystep.upkeep import Carried, CheckReport, Mirrored, check_repository, mirror
+from everystep.upkeep import Carried, CheckReport, Lag, Mirrored, check_repository, mirror
 from everystep.vault import Place
 
 
@@ -38,6 +38,11 @@ class Repository:
     @property
     def url(self) -> str:
         return str(self._place.storage.url)
+
+    @property
+    def behind(self) -> str | None:
+        """Where the place behind is; None without one."""
+        return self._behind.url if self._behind is not None else None
 
     @property
     def exists(self) -> bool:
@@ -197,6 +202,25 @@ class Repository:
         with self.run(name, takeover=takeover).track(rng=False) as target:
             return bring(target, self._place, path, seen, dry_run=dry_run, progress=progress)
 
+    def in_front_of(self, behind: str) -> Repository:
+        """This repository with a place behind it, as `open(behind=…)` gives it.
+
+        Raises:
+            UsageError: if both are the same place.
+        """
+        front = self._place
+        far = open_storage(_path(behind), front.seam, front.settings)
+        between.check_apart(front.storage, far)
+        return Repository(front, Behind(str(far.url), lambda: Place(far, front.seam, front.settings)))
+
+    def lag(self, run: str) -> Lag | None:
+        """What the place behind has not got yet of a run that is here; None where there is no place behind.
+
+        Raises:
+            StorageError: if it cannot be reached.
+        """
+        return FrontPast(self._place, run, self._behind).lag if self._behind is not None else None
+
     def push(
         self,
         target: str | Repository,
@@ -355,9 +379,7 @@ def open(
     front = _place_at(place, seam, checked)
     if behind is None or cue_of(seam) is not None:  # a rehearsal is about the first alone
         return Repository(front)
-    far = open_storage(_path(behind), seam, checked)
-    between.check_apart(front.storage, far)
-    return Repository(front, Behind(str(far.url), lambda: Place(far, seam, checked)))
+    return Repository(front).in_front_of(behind)
 
 
 def _place_at(place: Any, seam: Seam, settings: Settings) -> Place:

@@ -10,9 +10,9 @@ from everystep.checkpoint import LOOP, RNG, Checkpoint
 from everystep.config import RunConfig
 from everystep.environment import differences, find_place, fingerprint
 from everystep.errors import Damaged, Error, UsageError
-from everystep.forecast import outlook
+from everystep.forecast import Outlook
 from everystep.keeping import Keeper
-from everystep.lineage import check_whole, chosen, find_origin, write_rewind
+from everystep.lineage import check_alone, check_whole, chosen, find_origin, write_rewind
 from everystep.loop import Batches, Loop, Steps
 from everystep.metrics import Recorded, series
 from everystep.restore import STATE, open_checkpoint, place_tracked
@@ -75,7 +75,7 @@ class Run(TellingRun):
         self._pid = place.seam.pid()
         self._left: str | None = None
         self._origin: Start | None = None
-        self._foretold = False
+        self._outlook = Outlook(self._rules, quota_bytes)
         self._forget_exit: Callable[[], None] = lambda: None
 
     # what belongs to the run ---------------------------------------------------------------------------------------
@@ -179,11 +179,9 @@ class Run(TellingRun):
         tracking = self._tracking
         taken = writer.snapshot(tracking.state(step, state, self._position()), tracking.declared())
         self._say_notices(writer)
-        if not self._foretold:
-            self._foretold = True
-            said = outlook(self._vault, self._active, self._rules, taken.layout, self._quota_bytes)
-            if said is not None:
-                self._warn(said)
+        said = self._outlook.say(self._vault, self._active, taken.layout, taken.tree.leaves, self.rank, self.ranks)
+        if said is not None:
+            self._warn(said)
         own, extra = self._take_metrics(step, metrics)
         if self._new_config:
             extra.append(Config(dict(self._new_config)))
@@ -192,6 +190,8 @@ class Run(TellingRun):
             extra.append(self._origin)
             self._origin = None
         attachments, self._new_attachments = self._new_attachments, {}
+        if self._active is not None:
+            self._active.note_saved(step)
         now = self._vault.seam.monotonic()
         return writer.submit(Job(step, taken, own, extra, attachments, reason, now - begun, now), self._by_id)
 
@@ -219,7 +219,8 @@ class Run(TellingRun):
     def resume(self, *, strict: bool = True) -> int:
         """Takes the run, puts the newest durable checkpoint into what is tracked, and answers its step; 0 if none.
 
-        A damaged newest checkpoint is left out with a warning, and the one before it used. `report` says what came in
+        A damaged newest checkpoint is left out with a warning, and the one before it used; of several ranks none does
+        so alone, and that is an error. `report` says what came in
         and whether the continuation is exact.
 
         Raises:
@@ -240,6 +241,7 @@ class Run(TellingRun):
             try:
                 return self._resume_from(writer, commit, strict)
             except Damaged as error:
+                check_alone(self.rank, self.ranks, commit.event.step, error)
                 self._warn_damaged(f"the checkpoint of step {commit.event.step} is damaged, going back: {error}")
         if line or history.damaged:
             raise Damaged(
@@ -383,6 +385,7 @@ class Run(TellingRun):
         strict: bool = True,
     ) -> Steps:
         """Resumes, and yields the steps that are left up to `total`; saves at the loop's top when due, and at the last.
+        Where nothing is tracked, save behind the loop what a signal has ended: if run.stopped: run.save(step, state=…).
 
         Args:
             total: the last step; None for no end.
@@ -412,6 +415,7 @@ class Run(TellingRun):
         """One loop at a time: the one before gives its signals back."""
         if self._active is not None:
             self._active.leave()
+            self._active.tell_lost()
         self._active, self._position = loop, dict
         if loop is not None:
             self._position, self.stopped = loop._position, None

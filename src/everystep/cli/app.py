@@ -130,6 +130,7 @@ app.command(
       everystep -r runs log                     all runs
       everystep -r runs log resnet -n 20        the 20 newest checkpoints
       everystep -r runs log resnet --all        every line, as a graph
+      everystep -r runs log resnet --behind s3://bucket/prefix   what is not there yet
       everystep -r runs log --best val_loss     the best of all runs
       everystep -r runs log resnet --where "val_loss < 0.3 and step > 500"
       everystep -r runs log resnet --json | jq '.checkpoints[].step'
@@ -244,6 +245,7 @@ app.command(
     epilog="""
     \b
     Examples:
+      everystep -r runs prune --dry-run         what would be freed
       everystep -r runs prune
       everystep -r runs prune resnet --now      what undo could bring back goes, too
     """

@@ -35,10 +35,15 @@ def age(seconds: float, date: str) -> str:
     """How long ago; the date, once that says more."""
     if seconds < 2:  # clocks of two machines differ: what seems to come is now
         return "now"
+    return f"{span(seconds)} ago" if seconds < _AGES[-1][0] else date[:10]
+
+
+def span(seconds: float) -> str:
+    """How long, in the largest unit that is not 0."""
     for limit, unit, name in _AGES:
         if seconds < limit:
-            return f"{int(seconds / unit)} {name} ago"
-    return date[:10]
+            return f"{int(seconds / unit)} {name}"
+    return f"{int(seconds / 86400)} days"
 
 
 def duration(seconds: float) -> str:

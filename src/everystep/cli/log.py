@@ -12,10 +12,11 @@ from rich.text import Text
 
 from everystep import Checkpoint, Damaged, NotFound, PastRun, Repository, UsageError
 from everystep.cli import human, typed
+from everystep.cli.behind import NOT_YET, Behind, is_there, lag_of, sentence
 from everystep.cli.checkpoints import about_checkpoint, about_sessions, graph_width, table_of, when, with_terms
 from everystep.cli.completion import metrics, runs
 from everystep.cli.graph import CURRENT, LEFT, draw
-from everystep.cli.options import JsonOption, RepoOption, begin, instead, pick_run
+from everystep.cli.options import BehindOption, JsonOption, RepoOption, begin, instead, pick_run
 from everystep.cli.table import Column, Table, lay_out
 
 BEST_SHOWN = 10
@@ -74,6 +75,7 @@ def log(
             "--where", metavar="CONDITION", help="Those of which it is true: 'val_loss < 0.3 and step > 500'."
         ),
     ] = None,
+    behind: BehindOption = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -85,21 +87,25 @@ def log(
 
     A line with two dashes says where a process took the run: here it was started, resumed or taken over.
     "new" is what a checkpoint added to the repository; the rest of it was there already. "thin": only its weights
-    are kept. The best value of each metric is green.
+    are kept. The best value of each metric is green. With --behind: which checkpoints are not yet there, and how far
+    it lags; what its own rules (keep_behind=) keep away counts as not there.
     """
     screen, repository = begin(context, repo, as_json)
+    far = Behind(repository, behind)
     metric, mode = typed.metric(best, "--best") if best is not None else (None, None)
     asked = Asked(number, all_lines, metric, mode, tag, where)
     if run is not None:
         past = pick_run(repository, run)
         with past.holding():
             document, parents = _of_run(repository, past, asked)
+            _add_behind(document, far.about(past))
         screen.give(document, lambda: _lines(repository, document, parents, asked, screen.width))
     elif asked.narrowed:
         document = _of_all(repository, asked)
+        _add_behind_each(document, {name: far.about(repository[name]) for name in repository})
         screen.give(document, lambda: _lines(repository, document, {}, asked, screen.width))
     else:
-        found = [_about_run(repository[name]) for name in repository]
+        found = [_about_run(repository[name], far) for name in repository]
         found = sorted(found, key=lambda about: -about["latest"]["time"] if about["latest"] else 0.0)[:number]
         screen.give({"repository": repository.url, "runs": found}, lambda: _runs(repository, found, screen.width))
 
@@ -170,6 +176,19 @@ def _of_all(repository: Repository, asked: Asked) -> dict[str, Any]:
     }
 
 
+def _add_behind(document: dict[str, Any], about: dict[str, Any] | None) -> None:
+    """What the place behind has not got yet, and for each checkpoint that is shown whether it is there."""
+    document["behind"] = about
+    for one in document["checkpoints"]:
+        one["is_behind"] = is_there(about, one["id"])
+
+
+def _add_behind_each(document: dict[str, Any], abouts: dict[str, dict[str, Any] | None]) -> None:
+    document["behind"] = abouts if any(abouts.values()) else None
+    for one in document["checkpoints"]:
+        one["is_behind"] = is_there(abouts[one["run"]], one["id"])
+
+
 def _bests(past: PastRun, shown: Sequence[Checkpoint]) -> dict[str, str]:
     """Metric -> the best checkpoint of the current line, where it is known which way is better."""
     found = {}
@@ -184,7 +203,7 @@ def _bests(past: PastRun, shown: Sequence[Checkpoint]) -> dict[str, str]:
 # runs ------------------------------------------------------------------------------------------------------------
 
 
-def _about_run(past: PastRun) -> dict[str, Any]:
+def _about_run(past: PastRun, far: Behind) -> dict[str, Any]:
     line, kept, sessions = past.checkpoints(), past.checkpoints(all=True), past.sessions()
     costs = [checkpoint.cost for checkpoint in kept]
     latest = line[-1] if line else None
@@ -196,6 +215,7 @@ def _about_run(past: PastRun) -> dict[str, Any]:
         "raw_bytes": int(sum(cost["raw_bytes"] for cost in costs)),
         "terms": len(sessions),
         "ended": sessions[-1]["ended"] if sessions else None,
+        "behind": far.about(past),
     }
 
 
@@ -207,6 +227,7 @@ def _runs(repository: Repository, found: Sequence[dict[str, Any]], width: int | 
         Column("run", style="bold", least=12), Column("checkpoints", right=True),
         Column("latest", right=True, style="cyan"), Column("when"),
         Column("stored", right=True), Column("of", right=True, style="dim"),
+        Column("lag", style="yellow"),
         Column("terms", right=True, spare=True), Column("writer", spare=True, style="dim"),
     ]  # fmt: skip
     rows = [_run_row(repository, about, width) for about in found]
@@ -228,6 +249,7 @@ def _run_row(repository: Repository, about: dict[str, Any], width: int | None) -
         when(repository, latest["time"], width) if latest else "",
         human.size(about["stored_bytes"]),
         human.size(about["raw_bytes"]),
+        lag_of(about["behind"]) if about["behind"] is not None else "",
         str(about["terms"]),
         about["ended"] or ("open" if about["terms"] else ""),
     ]
@@ -258,6 +280,8 @@ def _lines(
         lead.append((Column(""), [(CURRENT if about["current"] else LEFT) if parents else "" for about in found]))
     if "run" not in document:
         lead.append((Column("run", style="bold", least=8), [human.clean(about["run"]) for about in found]))
+    missing = [NOT_YET if about["is_behind"] is False else "" for about in found]
+    lead.append((Column("behind", style="yellow"), missing))
     wide = graph_width(drawn)
     table = table_of(
         repository, found, width - wide if width is not None else None,
@@ -287,6 +311,8 @@ def _notes(document: dict[str, Any], asked: Asked, table: Table | None) -> Itera
         notes.append(f"{CURRENT} the current line, {LEFT} lines that were left")
     if document.get("rewound_to") is not None:
         notes.append(f"rewound to step {document['rewound_to']}: what the run saves next continues from there")
+    if "run" in document and document["behind"] is not None:
+        notes.append(sentence(document["behind"]))
     if table is not None and table.left_out:
         notes.append(f"no room for {', '.join(table.left_out)}: --json, or a wider terminal")
     if notes:

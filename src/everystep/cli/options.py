@@ -31,6 +31,12 @@ RepoOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, an error too.")]
 
 
+BehindOption = Annotated[
+    str | None,
+    typer.Option("--behind", metavar="URL", help="The place behind, as open(behind=…) has it: what is not there yet."),
+]
+
+
 def begin(context: typer.Context, repo: str | None, as_json: bool, *, new: bool = False) -> tuple[Screen, Repository]:
     """The screen of this call, and the repository it is about.
 

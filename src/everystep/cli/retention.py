@@ -210,6 +210,7 @@ def prune(
         str | None, typer.Argument(help="A run; without it, all runs.", metavar="RUN", autocompletion=runs)
     ] = None,
     now: Annotated[bool, typer.Option("--now", help="Also what undo could still bring back: it is gone then.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be freed, and do nothing.")] = False,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> int:
@@ -225,7 +226,7 @@ def prune(
     with counting("pruning") as told:
         for count, name in enumerate(names, 1):
             try:
-                freed.append({"run": name, **asdict(repository[name].prune(now=now))})
+                freed.append(_prune(repository[name], now=now, dry_run=dry_run))
             except Error as error:
                 if run is not None:
                     raise
@@ -235,6 +236,7 @@ def prune(
     document = {
         "repository": repository.url,
         "now": now,
+        "dry_run": dry_run,
         "runs": freed,
         "refused": [
             {"run": name, "kind": error.kind, "what": error.what, "where": error.where, "do": error.do}
@@ -245,9 +247,17 @@ def prune(
     return refused[0][1].exit_code if refused else 0
 
 
+def _prune(past: PastRun, **how: bool) -> dict[str, Any]:
+    steps = {checkpoint.id: checkpoint.step for checkpoint in past.dropped}
+    freed = past.prune(**how)
+    gone = [{"id": id, "step": steps[id]} for id in freed.checkpoints if id in steps]
+    return {"run": past.name, **asdict(freed), "checkpoints": gone}
+
+
 def _freed(document: dict[str, Any], width: int | None) -> Iterator[Text]:
+    title = "would be freed" if document["dry_run"] else "freed"
     columns = [
-        Column("run", style="bold", least=12), Column("freed", right=True, style="green"),
+        Column("run", style="bold", least=12), Column(title, right=True, style="green"),
         Column("packs", right=True, spare=True), Column("can be undone", right=True, style="yellow"),
         Column("held", right=True),
     ]  # fmt: skip
@@ -267,6 +277,25 @@ def _freed(document: dict[str, Any], width: int | None) -> Iterator[Text]:
         yield from table.rows
     elif not document["refused"]:
         yield Text("no run yet")
+    yield from _what_goes(document)
     for one in document["refused"]:
         yield Text(f"{human.clean(one['run'])}: {human.clean(one['what'])}", "red")
         yield Text(f"  {human.clean(one['do'])}", "dim")
+
+
+def _what_goes(document: dict[str, Any]) -> Iterator[Text]:
+    """Which checkpoints undo cannot bring back any more, and what no checkpoint ever had."""
+    notes = []
+    for one in document["runs"]:
+        if one["checkpoints"]:
+            steps = human.steps(sorted(gone["step"] for gone in one["checkpoints"]))
+            how = "could not be brought back any more" if document["dry_run"] else "cannot be brought back any more"
+            notes.append(f"{human.clean(one['run'])}: {how}: {steps}")
+        if one["left_bytes"]:
+            notes.append(
+                f"{human.clean(one['run'])}: {human.size(one['left_bytes'])} of saves that were never committed"
+            )
+    if document["dry_run"] and document["runs"]:
+        notes.append("nothing was done: without --dry-run it is")
+    if notes:
+        yield Text("\n" + "\n".join(f"… {note}" for note in notes), "dim")

@@ -11,12 +11,14 @@ from rich.text import Text
 
 from everystep import Checkpoint, PastRun, Repository, UsageError
 from everystep.cli import human
+from everystep.cli.behind import NOT_YET, Behind, is_there, sentence
 from everystep.cli.checkpoints import about_checkpoint, about_sessions, continued, who
 from everystep.cli.completion import targets
 from everystep.cli.leaves import LINES_SHOWN, lines_of
-from everystep.cli.options import JsonOption, RepoOption, begin, pick
+from everystep.cli.options import BehindOption, JsonOption, RepoOption, begin, pick
 from everystep.cli.progress import reading
 from everystep.cli.table import Column, lay_out, pairs
+from everystep.cli.workers import spread_lines, spreads, worker_lines
 
 _STAGES = ("stall", "queue", "encode", "write")
 
@@ -35,6 +37,7 @@ def show(
     norms: Annotated[
         bool, typer.Option("--norms", help="Read the leaves: norm, mean, range, and how many are not finite.")
     ] = False,
+    behind: BehindOption = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -43,17 +46,19 @@ def show(
     SPEC is a step, latest, best:METRIC, best:METRIC:max, a tag, or the beginning of an id.
 
     Where there are many leaves, parts of the tree are summed up in one line; with --norms as if they were one leaf.
-    A path is what stands in a line behind what stands above it: load(only="model/fc.weight").
+    A path is what stands in a line behind what stands above it: load(only="model/fc.weight"). What workers recorded of
+    themselves is listed by rank, and for each metric the least, the median and the most: who holds the others up.
     """
     screen, repository = begin(context, repo, as_json)
     past, checkpoint = pick(repository, target)
+    far = Behind(repository, behind).about(past)
     if checkpoint is None:
         if norms:
             raise UsageError("--norms is about the leaves of a checkpoint", do=f"show {past.name}@latest --norms")
-        about = _about_run(repository, past)
+        about = {**_about_run(repository, past), "behind": far}
         screen.give(about, lambda: _run(repository, about, screen.width))
         return
-    document = _about_checkpoint(repository, past, checkpoint)
+    document = {**_about_checkpoint(repository, past, checkpoint), "behind": far}
     every: list[dict[str, Any]] = document["leaves"]
     if norms:
         _add_norms(checkpoint, every)
@@ -107,6 +112,7 @@ def _about_checkpoint(repository: Repository, past: PastRun, checkpoint: Checkpo
         total = roles.setdefault(leaf["role"], {"leaves": 0, "nbytes": 0})
         total["leaves"] += 1
         total["nbytes"] += leaf["nbytes"]
+    workers = checkpoint.workers
     parents = [other.step for other in past.checkpoints(all=True) if other.id == checkpoint.parent]
     return {
         "repository": repository.url,
@@ -119,7 +125,8 @@ def _about_checkpoint(repository: Repository, past: PastRun, checkpoint: Checkpo
         },
         "roles": roles,
         "leaves": leaves,
-        "workers": checkpoint.workers,
+        "workers": workers,
+        "spreads": spreads(workers),
     }
 
 
@@ -147,6 +154,7 @@ def _run(repository: Repository, about: dict[str, Any], width: int | None) -> It
         ("steps", human.steps(about["steps"])),
         ("other lines", human.count(left, "checkpoint") if left else ""),
         ("dropped", f"{human.steps(about['undoable'])}; undo brings them back" if about["undoable"] else ""),
+        ("behind", sentence(about["behind"]) if about["behind"] is not None else ""),
         ("began with", "; ".join(map(_origin, about["origins"]))),
         ("size", stored if latest else ""),
         ("metrics", human.value(about["metrics"])),
@@ -211,34 +219,25 @@ def _checkpoint(
         ("reason", human.clean(about["reason"])),
         ("term", f"{about['term']}{ranks}"),
         ("tags", human.value(about["tags"])),
+        ("behind", _behind(document["behind"], about["id"])),
         ("thin", "its optimizer state has been dropped" if about["thin"] else ""),
         ("size", f"{human.size(cost['raw_bytes'])}, {human.size(cost['stored_bytes'])} of it new in the repository"),
         ("time", ", ".join(spent)),
     ])  # fmt: skip
     metrics = [(human.clean(name), human.value(found)) for name, found in about["metrics"].items()]
     yield from _section("metrics", pairs(metrics, 2))
-    yield from _section("workers", list(_workers(document["workers"], width)))
+    yield from _section("workers", list(worker_lines(document["workers"], width)))
+    yield from _section("over workers", list(spread_lines(document["spreads"], width)))
     yield from _section("notes", [Text("  ").append(human.clean(note)) for note in about["notes"]])
     yield from _section("environment", _environment(about["environment"]))
     yield from _section("leaves", list(lines_of(document["leaves"], lines, width)))
     yield from _section("roles", list(_roles(document["roles"])))
 
 
-def _workers(workers: Sequence[dict[str, Any]], width: int | None) -> Iterator[Text]:
-    """A line for each worker that said something of itself."""
-    if not workers:
-        return
-    names = list(dict.fromkeys(name for worker in workers for name in worker))
-    columns = [
-        Column(human.clean(name), right=name != "host", least=8 * (name == "host"), spare=name not in ("rank", "host"))
-        for name in names
-    ]
-    cells = [human.numbers([worker.get(name) for worker in workers]) for name in names]
-    table = lay_out(columns, [list(row) for row in zip(*cells)], width - 2 if width is not None else None)
-    for line in [table.head, *table.rows]:
-        yield Text("  ").append_text(line)
-    if table.left_out:
-        yield Text(f"  no room for {', '.join(table.left_out)}", "dim")
+def _behind(about: dict[str, Any] | None, id: str) -> str:
+    if about is None or about["error"] is not None:
+        return sentence(about) if about is not None else ""
+    return f"{'' if is_there(about, id) else f'{NOT_YET} '}in {human.clean(about['place'])}"
 
 
 def _roles(roles: dict[str, dict[str, int]]) -> Iterator[Text]:

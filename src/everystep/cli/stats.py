@@ -11,8 +11,9 @@ from rich.text import Text
 
 from everystep import PastRun, RunStats
 from everystep.cli import human
+from everystep.cli.behind import Behind, sentence
 from everystep.cli.completion import runs
-from everystep.cli.options import JsonOption, RepoOption, begin, pick_run
+from everystep.cli.options import BehindOption, JsonOption, RepoOption, begin, pick_run
 from everystep.cli.progress import counting
 from everystep.cli.table import Column, lay_out
 
@@ -25,6 +26,7 @@ def stats(
     run: Annotated[
         str | None, typer.Argument(help="A run; without it, all runs.", metavar="RUN", autocompletion=runs)
     ] = None,
+    behind: BehindOption = None,
     repo: RepoOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,7 +38,8 @@ def stats(
     """
     screen, repository = begin(context, repo, as_json)
     names = repository.runs() if run is None else [pick_run(repository, run).name]
-    abouts = [_about(_measure(repository[name])) for name in names]
+    far = Behind(repository, behind)
+    abouts = [_about(_measure(repository[name])) | {"behind": far.about(repository[name])} for name in names]
     document = {"repository": repository.url, "runs": abouts, "all": _sum(abouts)}
     screen.give(document, lambda: _lines(document, screen.width))
 
@@ -105,6 +108,10 @@ def _lines(document: dict[str, Any], width: int | None) -> Iterator[Text]:
         notes.append(
             f"{human.count(document['all']['undoable'], 'checkpoint')} dropped or thinned can be brought back: undo"
         )
+    for about in abouts:
+        if about["behind"] is not None:
+            run = f"{human.clean(about['run'])}: " if len(abouts) > 1 else ""
+            notes.append(run + sentence(about["behind"]))
     if table.left_out:
         notes.append(f"no room for {', '.join(table.left_out)}: --json, or a wider terminal")
     if notes:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 from blake3 import blake3
 
-from everystep.errors import (
-    AlreadyExists,
-    Conflict,
-    Damaged,
-    ObjectMissing,
-    RunTakenOver,
-    SaveAbandoned,
-    UnknownOutcome,
-)
+from everystep.errors import Conflict, Damaged, ObjectMissing, RunTakenOver, SaveAbandoned
 from everystep.save.part import PartWriter, Stored
 from everystep.settings import FORMAT
 from everystep.vault import History, PackName, RunVault, Term
@@ -24,8 +16,10 @@ from everystep.vault.history import roll_up
 from everystep.vault.lines import pack_lines, unpack_lines
 from everystep.vault.manifest import Root, logical_hash, pack_halves, settle
 from everystep.vault.names import pack_key, receipt_key, receipts_folder
+from everystep.vault.once import put_once
 from everystep.vault.record import Abandon, Commit, Cost, Where
 from everystep.vault.together import together
+from everystep.vault.writers import is_own
 
 WAITED_SHARE = 0.1
 """Of what was waited for somebody else already: so late, at most, is it seen."""
@@ -71,6 +65,10 @@ class Condemned(Exception):
     """A pack that the save leans on is condemned: it must be written again."""
 
 
+class Missed(Exception):
+    """The other ranks used this number for a step that this one took no part in."""
+
+
 def check_fence(history: History, term: Term, where: str) -> None:
     """
     Raises:
@@ -85,8 +83,44 @@ def check_fence(history: History, term: Term, where: str) -> None:
         )
 
 
+def check_by_hand(history: History, term: Term, vault: RunVault) -> None:
+    """As `check_fence`, for whatever else a job appends: tags, notes, what it drops. Where this very process has opened
+    the run again, as a notebook's cell does that runs twice, it is no other job that does so."""
+    if history.owner is None or not is_own(vault.seam, history.owner):
+        check_fence(history, term, vault.where)
+
+
+def next_ordinal(history: History, term: Term, step: int) -> int:
+    """The number of a rank's next save. Those that the others used for steps which it did not save, or that it saved
+    before it was started again, are left out: else it would be behind them from then on."""
+    ordinal = term.ordinal + 1
+    while history.steps.get((term.nonce, ordinal), step) != step:
+        ordinal += 1
+    return ordinal
+
+
+def deliver(vault: RunVault, term: Term, draft: Draft, rank: int, stored: Stored) -> str:
+    """Puts a rank's receipt, and waits for what becomes of the save: the checkpoint's id.
+
+    Raises:
+        As `put_receipt` and `await_settled`.
+    """
+    while True:
+        try:
+            put_receipt(vault, term, draft, rank, stored)
+            return await_settled(vault, term, draft, rank)
+        except Missed:
+            term.ordinal = next_ordinal(vault.log.history, term, draft.step)
+            draft = replace(draft, ordinal=term.ordinal)
+
+
 def put_receipt(vault: RunVault, term: Term, draft: Draft, rank: int, stored: Stored) -> None:
-    """A rank's last word on a save. A receipt that is there already is this very one: names are never reused."""
+    """A rank's last word on a save. One that is there already is as good, if it says the same of the state: a process
+    that was started again alone may have put it.
+
+    Raises:
+        Conflict: if another process is this rank, too.
+    """
     new = [(name.writer, name.number, length) for name, length in stored.new]
     receipt = Receipt(
         term.nonce, draft.ordinal, draft.step, rank, stored.content, stored.where,
@@ -95,15 +129,18 @@ def put_receipt(vault: RunVault, term: Term, draft: Draft, rank: int, stored: St
         stored.raw_bytes, stored.changed, stored.pages or b"",
     )  # fmt: skip
     key = receipt_key(vault.folder, term.number, draft.ordinal, rank)
-    for attempt in range(vault.settings.put_attempts):
-        try:
-            vault.storage.put_new(key, pack_lines(receipt))
-            return
-        except AlreadyExists:
-            return
-        except UnknownOutcome:
-            if attempt + 1 == vault.settings.put_attempts:
-                raise
+    if put_once(vault.storage, key, pack_lines(receipt), vault.seam, vault.settings):
+        return
+    there = unpack_lines(vault.storage.get(key), Receipt, f"{vault.storage.url}/{key}")
+    if (there.nonce, there.step, there.content) == (term.nonce, draft.step, stored.content):
+        return
+    if vault.history().steps.get((term.nonce, draft.ordinal), draft.step) != draft.step:
+        raise Missed
+    raise Conflict(
+        f"step {draft.step}: another process has saved step {there.step} as rank {rank} of this launch",
+        where=vault.where,
+        do="give each process a rank of its own; one that is started again alone must come to the same state",
+    )
 
 
 def pause_seconds(vault: RunVault, waited: float, who: str, waiting: int = 1) -> float:
@@ -259,24 +296,26 @@ def abandon(vault: RunVault, term: Term, draft: Draft, missing: list[int], autho
     vault.log.append(decide, author)
 
 
-def await_settled(vault: RunVault, term: Term, draft: Draft) -> str:
+def await_settled(vault: RunVault, term: Term, draft: Draft, rank: int) -> str:
     """What became of a save that another rank commits: the checkpoint's id.
 
     Raises:
         SaveAbandoned, RunTakenOver: accordingly.
         Condemned: if it must be written again.
+        Missed: if its number was used without this rank.
     """
     key = (term.nonce, draft.ordinal)
     begun, waited = vault.seam.monotonic(), 0.0
     while waited < 2 * vault.settings.rank_deadline_seconds:
         history = vault.history()
         if key in history.settled:
-            id = history.settled[key]
+            id, missing = history.settled[key], history.missing_ranks.get(key, [])
+            if history.steps[key] != draft.step and (id is not None or rank in missing):
+                raise Missed
             if id is not None:
                 return id
             if key in history.again:
                 raise Condemned
-            missing = history.missing_ranks.get(key, [])
             why = f"rank {_list(set(missing))} did not deliver" if missing else "rank 0 says why"
             error = SaveAbandoned(
                 f"step {draft.step} was abandoned: {why}",
@@ -286,6 +325,14 @@ def await_settled(vault: RunVault, term: Term, draft: Draft) -> str:
             error.missing = tuple(missing)
             raise error
         check_fence(history, term, vault.where)
+        if history.closed and history.nonce == term.nonce:
+            error = SaveAbandoned(
+                f"step {draft.step}: rank 0 has closed the run without saving it",
+                where=vault.where,
+                do="save at the same steps on every rank; look at what rank 0 said; the checkpoints before are whole",
+            )
+            error.missing = (0,)
+            raise error
         vault.seam.sleep(pause_seconds(vault, waited, term.writer, draft.ranks - 1))
         waited = vault.seam.monotonic() - begun
     raise SaveAbandoned(

@@ -172,6 +172,7 @@ class Writer:
         self._owed: list[_Owed] = []
         self._ended = False
         self._last_step: int | None = None
+        vault.log.fence = partial(commits.check_by_hand, term=term, vault=vault)
         self._thread = vault.seam.start(self._work, "everystep-save")
 
     # the training thread's side
@@ -264,6 +265,7 @@ class Writer:
             self._ended = True
             self._condition.notify_all()
         self._thread.join()
+        self._vault.log.fence = None
         self._pool.close()
         self._copying.close()
 
@@ -365,9 +367,9 @@ class Writer:
     def _write(self, job: Job, draft: Draft) -> tuple[str, Stored]:
         try:
             return self._store(job, draft)
-        except RunTakenOver:
+        except (RunTakenOver, Condemned):
             raise
-        except Error as error:
+        except Exception as error:
             if self.rank == 0 and self.ranks > 1:
                 self._abandon(draft, error)
             raise
@@ -432,7 +434,7 @@ class Writer:
         commits.check_fence(history, self.term, self._vault.where)
         return events
 
-    def _abandon(self, draft: Draft, error: Error) -> None:
+    def _abandon(self, draft: Draft, error: Exception) -> None:
         """Tells the other ranks that this save comes to nothing, whatever the reason: they need not wait for it."""
         missing = list(error.missing) if isinstance(error, SaveAbandoned) else []
         try:

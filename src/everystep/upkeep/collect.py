@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from everystep.errors import Conflict, Damaged, NotFound, ObjectMissing
-from everystep.upkeep.receipts import free_receipts
+from everystep.upkeep.receipts import free_receipts, free_unfinished
 from everystep.upkeep.retention import DROP, THIN, Decision, Kept
 from everystep.vault import History, PackName, RunVault
 from everystep.vault.history import Dropped, roll_up
@@ -28,6 +28,22 @@ class Freed:
     """Held by checkpoints that were dropped or thinned and can still be brought back."""
     held_bytes: int = 0
     """What the run's packs come to afterwards."""
+    left_bytes: int = 0
+    """Of `nbytes`, what saves left behind that were never committed."""
+    checkpoints: tuple[str, ...] = ()
+    """Ids of those that were dropped or thinned and can be brought back no more."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Of the packs that lie there: what may go, and what is held only because it can be undone."""
+
+    doomed: set[PackName]
+    pending: set[PackName]
+    left: set[PackName]
+    """Of the doomed, those of saves that were never committed."""
+    gone: list[str]
+    """Checkpoints that can be brought back no more once they are gone."""
 
 
 def kept_of(history: History) -> list[Kept]:
@@ -102,6 +118,7 @@ def collect(
     room_bytes: int = 0,
     stamp: bool = True,
     rewrites: bool = False,
+    dry_run: bool = False,
 ) -> Freed:
     """Frees packs that no live or undoable checkpoint needs, and what dead processes left behind.
 
@@ -110,20 +127,31 @@ def collect(
         room_bytes: also what could still be undone, what was dropped first before the rest, until this much is freed.
         stamp: where ages matter, write a record first: a store tells its time by what it creates.
         rewrites: also what a repack wrote and no record names. One that is under way begins again.
+        dry_run: write and delete nothing. Ages then go by this machine's clock, for the store does not tell its time.
 
     Raises:
         Damaged: if part of the log cannot be read: it may need what nothing else needs.
     """
     if not vault.place.exists:
         return Freed()
-    if stamp and not at_once and _waiting(vault.history()):
+    if stamp and not at_once and not dry_run and _waiting(vault.history()):
         vault.log.append(lambda history: [Gc([])], author)
     present = sizes_of(vault)
     rewrites = rewrites or at_once or room_bytes > 0
-    freed, pending = _free(vault, author, present, at_once=at_once, room_bytes=room_bytes, rewrites=rewrites)
-    free_receipts(vault, vault.log.history)
+    how: dict[str, Any] = {"at_once": at_once, "room_bytes": room_bytes, "rewrites": rewrites}
+    if dry_run:
+        history = vault.history()
+        plan = _plan(vault, history, present, now=vault.seam.now(), **how)
+        freed = plan.doomed | (present.keys() & history.condemned)
+    else:
+        freed, plan = _free(vault, author, present, **how)
+        free_receipts(vault, vault.log.history)
+        free_unfinished(vault, vault.log.history, rewrites=rewrites)
     nbytes = _sum(present, freed)
-    return Freed(len(freed), nbytes, _sum(present, pending), sum(present.values()) - nbytes)
+    held = sum(present.values()) - nbytes
+    return Freed(
+        len(freed), nbytes, _sum(present, plan.pending), held, _sum(present, plan.left & freed), tuple(plan.gone)
+    )
 
 
 def free_unneeded(vault: RunVault, author: str) -> None:
@@ -131,28 +159,14 @@ def free_unneeded(vault: RunVault, author: str) -> None:
     _free(vault, author, dict.fromkeys(packs_of(vault), 0))
 
 
-def _free(
-    vault: RunVault,
-    author: str,
-    present: Mapping[PackName, int],
-    *,
-    at_once: bool = False,
-    room_bytes: int = 0,
-    rewrites: bool = False,
-) -> tuple[set[PackName], set[PackName]]:
-    """(what was freed, what is held only because it can be undone) of the packs that are there, with their sizes."""
-    pending = set[PackName]()
+def _free(vault: RunVault, author: str, present: Mapping[PackName, int], **how: Any) -> tuple[set[PackName], _Plan]:
+    """What was freed of the packs that are there, with their sizes, and the plan that it followed."""
+    plan = _Plan(set(), set(), set(), [])
 
     def decide(history: History) -> list[Any] | None:
-        check_readable(history, vault.where)
-        needed = _needed(history)
-        undoable = [] if at_once else _undoable(vault, history)
-        unneeded = {pack for pack in present if pack not in needed and _is_dead(pack, history, rewrites)}
-        while undoable and _sum(present, unneeded.difference(*undoable)) < room_bytes:
-            undoable.pop(0)
-        pending.clear()
-        pending.update(set[PackName]().union(*undoable) - needed)
-        doomed = unneeded - pending - history.condemned
+        nonlocal plan
+        plan = _plan(vault, history, present, **how)
+        doomed = plan.doomed - history.condemned
         return [Gc(roll_up(doomed))] if doomed else None
 
     history = vault.log.append(decide, author)
@@ -160,7 +174,37 @@ def _free(
     keys = [pack_key(vault.folder, pack) for pack in sorted(dead)]
     for _ in together(vault.storage, vault.seam, vault.storage.delete, keys):
         pass
-    return dead, pending
+    return dead, plan
+
+
+def _plan(
+    vault: RunVault,
+    history: History,
+    present: Mapping[PackName, int],
+    *,
+    at_once: bool = False,
+    room_bytes: int = 0,
+    rewrites: bool = False,
+    now: float | None = None,
+) -> _Plan:
+    """
+    Args:
+        now: where no record says what time it is at the store.
+    """
+    check_readable(history, vault.where)
+    needed = _needed(history)
+    undoable = [] if at_once else _undoable(vault, history, now)
+    unneeded = {pack for pack in present if pack not in needed and _is_dead(pack, history, rewrites)}
+    while undoable and _sum(present, unneeded.difference(*undoable)) < room_bytes:
+        undoable.pop(0)
+    pending = set[PackName]().union(*undoable) - needed
+    doomed = unneeded - pending
+    gone = [
+        id
+        for id, found in history.dropped.items()
+        if can_return(history, id) and history.commits[id].needs(thin=found.was_thin) & doomed
+    ]
+    return _Plan(doomed, pending, doomed - history.ever, gone)
 
 
 def _sum(sizes: Mapping[PackName, int], packs: Iterable[PackName]) -> int:
@@ -189,7 +233,7 @@ def _waiting(history: History) -> list[str]:
     return [id for id, found in history.dropped.items() if found.undo_seconds > 0 and can_return(history, id)]
 
 
-def _undoable(vault: RunVault, history: History) -> list[set[PackName]]:
+def _undoable(vault: RunVault, history: History, now: float | None) -> list[set[PackName]]:
     """What checkpoints need that were dropped or thinned so short a time ago that they can be brought back: one set for
     each record that dropped some, the oldest first."""
     found: dict[int, set[PackName]] = {}
@@ -200,9 +244,12 @@ def _undoable(vault: RunVault, history: History) -> list[set[PackName]]:
             times[slot] = _written(vault, slot)
         return times[slot]
 
+    def at() -> float:
+        return max(written(history.slots - 1), now or 0.0)
+
     for id in _waiting(history):
         way: Dropped | None = history.dropped[id]
-        while way is not None and written(history.slots - 1) - written(way.slot) < way.undo_seconds:
+        while way is not None and at() - written(way.slot) < way.undo_seconds:
             needs = history.commits[id].needs(thin=way.was_thin)
             if needs & history.condemned:
                 break  # freed before its time

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from everystep.errors import Error, RunTakenOver, SaveAbandoned, StorageError
@@ -23,6 +23,8 @@ class Lag:
     """What they took newly here."""
     seconds: float = 0.0
     """Since the oldest of them was saved, by the writer's clock."""
+    missing: tuple[str, ...] = field(default=(), repr=False)
+    """Their ids, in the order of saving."""
 
     def __str__(self) -> str:
         plural = "" if self.checkpoints == 1 else "s"
@@ -199,4 +201,4 @@ def lag_of(source: History, todo: list[str], now: float) -> Lag:
     """Of what is still to be sent."""
     commits = [source.commits[id] for id in todo]
     nbytes = sum(commit.event.cost.stored_bytes for commit in commits)
-    return Lag(len(commits), nbytes, max((now - commit.time for commit in commits), default=0.0))
+    return Lag(len(commits), nbytes, max((now - commit.time for commit in commits), default=0.0), tuple(todo))
