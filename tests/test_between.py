@@ -19,7 +19,7 @@ from independent_reader import Run as Independent
 from test_faults import STORAGE_FAULTS
 
 import everystep
-from everystep import Carried, Damaged, NotFound, Repository, RunTakenOver, UsageError
+from everystep import Carried, Damaged, EverystepWarning, NotFound, Repository, RunTakenOver, UsageError
 from everystep.errors import StorageError
 from everystep.seam import Seam
 from everystep.storage import MemoryStorage
@@ -329,7 +329,8 @@ def test_a_process_that_may_be_writing_there_is_waited_for(takeover: bool, monke
     repo = target.open()
     seam: Any = repo._place.seam
     monkeypatch.setattr(seam, "is_gone", lambda other: False)
-    source.open().push(repo, takeover=takeover)
+    with pytest.warns(EverystepWarning, match="shares no checkpoint with run 'a'"):
+        source.open().push(repo, takeover=takeover)
     assert seam.slept == 0 if takeover else seam.slept >= 5
     with pytest.raises(RunTakenOver):
         run.save(8, state=state_of(8)).wait()
@@ -489,6 +490,20 @@ def test_a_pull_of_one_leaf_reads_that_alone() -> None:
     assert (again.sent, again.there) == ([], 1)
     (more,) = target.open().pull(source.open(), ["big@1", "big@2"], only=["params/head"])
     assert more.sent == [1, 2] and target.open().check().ok
+
+
+def test_a_leaf_of_two_lines_with_one_step() -> None:
+    source, target = Store(), Store()
+    with source.open().run("r").track(rng=False) as run:
+        for step, value in ((1, 1.0), (2, 2.0), (1, None), (2, 3.0), (1, None), (2, 2.0)):
+            if value is None:
+                run.rewind(step)
+            else:
+                run.save(step, state={"w": np.full(4, value), "m": np.zeros(4)}).wait()
+    (done,) = target.open().pull(source.open(), "r", only="w")
+    assert done.sent == [1, 2, 2, 2]
+    found = target.open()["r.w"].checkpoints(all=True)
+    assert [one.load()["w"][0] for one in found] == [1.0, 2.0, 3.0, 2.0]
 
 
 def test_a_pull_through_folders(tmp_path: Path) -> None:

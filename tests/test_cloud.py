@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -302,6 +303,14 @@ def test_a_create_that_was_surely_refused_is_asked_again(fake: FakeS3) -> None:
     assert fake.keys() == ["bucket/a prefix/log/0"] and fake.count("PUT") == 3
 
 
+def test_what_is_long_is_created_over_a_slow_line_too(fake: FakeS3) -> None:
+    """While a body goes out the store says nothing: that is not the silence of `request_seconds`."""
+    storage = opened(settings=Settings(retry_seconds=0.001, outage_seconds=5, request_seconds=0.2))
+    fake.faults += [Fault("PUT", stall=0.6, status=200, applied=True, headers={"ETag": '"1"'})]
+    storage.put_new("volume", bytes(2 << 20))
+    assert fake.count("PUT") == 1 and storage.stat("volume").nbytes == 2 << 20
+
+
 def test_of_sixteen_one_wins(fake: FakeS3) -> None:
     storage = opened()
     won: list[int] = []
@@ -396,6 +405,36 @@ def test_a_failed_upload_ends_the_save_and_nothing_else(fake: FakeS3) -> None:
         fake.faults.clear()
         run.save(3, state=state_of(3)).wait()
     assert [one.step for one in everystep.open("s3://bucket")["r"].checkpoints()] == [1, 3]
+
+
+@pytest.mark.parametrize("part", ["/log/", "/save/"])
+def test_a_gateway_that_fails_for_a_while_costs_no_save(fake: FakeS3, part: str) -> None:
+    """Whether a record or a receipt has landed is asked for as long as anything else."""
+    settings = Settings(retry_seconds=0.05, outage_seconds=30, poll_seconds=0.05)
+    repos = [everystep.open("s3://bucket", settings=settings) for _ in range(2)]
+    runs = [repo.run("r", rank=rank, ranks=2, launch="job").track(rng=False) for rank, repo in enumerate(repos)]
+
+    def save(step: int) -> None:
+        saves = [run.save(step, state={"a": np.full(3, step)}) for run in runs]
+        assert len({saved.wait(60).id for saved in saves}) == 1
+
+    save(1)
+    fake.faults += [Fault("PUT", (0, 500, 502, 504)[number % 4], part=part) for number in range(6)]
+    save(2)
+    assert not fake.faults
+    for run in runs:
+        run.close()
+    assert [one.step for one in everystep.open("s3://bucket")["r"].checkpoints()] == [1, 2]
+
+
+def test_an_outage_is_waited_for_once(fake: FakeS3) -> None:
+    settings = Settings(retry_seconds=0.02, outage_seconds=0.2, put_attempts=3)
+    storage = opened(settings=settings)
+    fake.before = lambda method, path: fake.faults.append(Fault("PUT", 503, "SlowDown"))
+    with pytest.raises(Unreachable, match="too busy") as caught:
+        put_once(storage, "log/0", b"mine", Seam(), settings)
+    times = re.search(r"asked (\d+) times", str(caught.value))
+    assert times is not None and int(times[1]) == fake.count("PUT")
 
 
 # processes -----------------------------------------------------------------------------------------------------------

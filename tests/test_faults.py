@@ -56,6 +56,9 @@ class Program:
                 self._try(self._save, step)
             if step == 2 and 2 in self.durable and self.tagged is None:
                 self._try(self._tag)
+        writer = self._run._writer if self._run is not None else None
+        if writer is not None:
+            writer.wait()  # what it drops behind the last save is not dropped while somebody looks
 
     def _try(self, action: Callable[..., None], *args: Any) -> None:
         with self._quiet():

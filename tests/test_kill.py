@@ -232,6 +232,17 @@ def test_kill_before_each_kind_of_operation(tmp_path: Path) -> None:
             verbs.add(life.marked()[-1].split()[1])
             newest = check(made, life, life.durable, True, newest)
         assert {"create", "write", "fsync", "close", "rename", "fsync_folder", "link"} <= verbs
+        begun = set(made.folder.glob("runs/*/packs/*/.tmp-*"))
+        assert begun, "a pack that was being written"
+        past = everystep.open(str(made.folder))["a run"]
+        term = past._history().term
+        past.prune()
+        left = set(made.folder.glob("runs/*/packs/*/.tmp-*"))
+        assert left == {path for path in begun if path.parent.name.endswith(f"-{term}")}, "it may still be written to"
+        with everystep.open(str(made.folder)).run("a run", takeover=True) as run:
+            run.resume()
+        past.prune()
+        assert not list(made.folder.glob("runs/*/packs/*/.tmp-*")) and past.at(newest).load()
 
 
 def test_torch_killed_and_never_killed_come_to_the_same_bits(tmp_path: Path) -> None:

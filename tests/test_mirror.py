@@ -172,6 +172,24 @@ def test_nothing_damaged_is_mirrored() -> None:
         check(target, [1, 2, 3])
 
 
+def test_two_mirrors_beside_each_other() -> None:
+    """One that began earlier is no sign that the original was set back."""
+    for at in range(0, 12):
+        source = store_of(3)
+        target = empty_like(source)
+        mirrored(source, target)
+
+        def go_on(source: Store = source, target: Store = target) -> None:
+            with source.open().run("a").track(rng=False) as run:
+                run.save(run.resume() + 1, state=state_of(4)).wait()
+            mirrored(source, target)
+
+        beside = Between(target.storage, at, go_on, verbs=("get", "list", "put", "put_new"))
+        mirror(source.open()._place, beside, prune=False, dry_run=False)
+        mirrored(source, target)
+        identical(source, target)
+
+
 def test_volumes_come_along() -> None:
     source = store_of(12, volume_records=4)
     target = empty_like(source)

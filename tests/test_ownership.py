@@ -285,11 +285,33 @@ def test_a_loop_ends_when_its_run_is_taken(world: World) -> None:
     assert steps(world) == [1, 2]
 
 
-def test_tags_go_on_after_the_run_was_taken(world: World) -> None:
+def test_a_superseded_job_changes_nothing_by_hand_either(world: World) -> None:
+    """Whoever only looks on, this process too once it has closed the run, may tag it."""
     first = world.process(1).write(1)
-    world.process(2).write(2, takeover=True)
-    first.at(1).tag("mine")
-    assert first.tagged("mine").step == 1
+    one = first.at(1)
+    world.process(2).write(2, takeover=True).at(2).tag("best")
+    before = world.process(3).repo["r"]._history().slots
+    for attempt in (
+        lambda: one.tag("best", move=True),
+        lambda: one.tag_version("model"),
+        lambda: first.untag("best"),
+        lambda: first.forget(everystep.last(1), force=True),
+        lambda: one.record(late=1.0),
+        lambda: first.note("mine"),
+    ):
+        with pytest.raises(RunTakenOver, match="has taken this run over"):
+            attempt()
+    assert world.process(3).repo["r"]._history().slots == before
+    assert world.process(3).repo["r"].at(1).tag("seen").tags == ["seen"]
+    first.close()
+    assert one.tag("mine").tags == ["mine", "seen"]
+
+
+def test_a_cell_that_runs_twice_is_one_job(world: World) -> None:
+    cell = world.process(1)
+    first = cell.write(1).at(1)
+    second = cell.repo.run("r").track(rng=False)
+    assert second.resume() == 1 and first.tag("mine").tags == ["mine"]
 
 
 # --------------------------------------------------------------------------------------------- what is known to be gone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,11 @@ from everystep import (
     UsageError,
 )
 from everystep.adapters import numpy as numpy_adapter
+from everystep.save.part import PartWriter
 from everystep.schema import Box, Described
 from everystep.storage import MemoryStorage
 from everystep.vault import Place
-from everystep.vault.names import record_key
+from everystep.vault.names import pack_key, record_key
 from everystep.vault.record import Abandon, unpack_record
 
 __all__ = ["one_thread"]
@@ -171,6 +173,61 @@ def test_a_missing_rank_is_named_on_every_rank_and_nothing_is_visible() -> None:
     assert beside(storage).check().ok
 
 
+def test_a_rank_that_left_a_save_out_is_not_behind_for_ever() -> None:
+    storage = MemoryStorage()
+    runs = runs_on(storage, rank_deadline_seconds=2.0)
+    together(lambda rank: runs[rank].save(1, state=state_of(rank, 1)).wait())
+    for step in (2, 3):
+        left_out = together(lambda rank, step=step: runs[rank].save(step, state=state_of(rank, step)).wait(), (0, 2))
+        assert all(isinstance(error, SaveAbandoned) and error.missing == (1,) for error in left_out)
+    for step in (4, 5):
+        ids = together(lambda rank, step=step: runs[rank].save(step, state=state_of(rank, step)).wait().id)
+        assert len(set(ids)) == 1, ids
+    together(lambda rank: runs[rank].close())
+    past = beside(storage)["r"]
+    assert [c.step for c in past.checkpoints()] == [1, 4, 5] and same(past.at(5).load(), 5)
+
+
+def test_a_rank_that_is_started_again_alone() -> None:
+    """Its saves are those of the others, never one that was settled before: and what it had said itself still holds."""
+    storage = MemoryStorage()
+    runs = runs_on(storage, rank_deadline_seconds=5.0)
+    for step in (1, 2):
+        together(lambda rank, step=step: runs[rank].save(step, state=state_of(rank, step)).wait())
+    runs[1].save(3, state=state_of(1, 3))  # and dies before the others come to it
+    while not any(key.startswith("runs/r/save/1/3/") for key in storage.objects):
+        time.sleep(0.01)
+    lost, runs[1] = runs[1], beside(storage, rank_deadline_seconds=5.0).run("r", rank=1, ranks=RANKS, launch="job")
+    assert runs[1].track(rng=False).resume() == 2
+    for step in (3, 4):
+        found = together(lambda rank, step=step: runs[rank].save(step, state=state_of(rank, step)).wait())
+        assert len({one.id for one in found}) == 1 and [one.step for one in found] == [step] * RANKS
+    again = runs[1].save(4, state=state_of(1, 4))
+    assert together(lambda rank: runs[rank].save(4, state=state_of(rank, 4)).wait().id, (0, 2)) == [found[0].id] * 2
+    assert again.wait().id == found[0].id
+    lost.close()
+    together(lambda rank: runs[rank].close())
+    past = beside(storage)["r"]
+    assert [c.step for c in past.checkpoints()] == [1, 2, 3, 4]
+    assert all(same(past.at(step).load(), step) for step in (1, 2, 3, 4))
+
+
+def test_two_processes_that_are_one_rank() -> None:
+    storage = MemoryStorage()
+    runs = runs_on(storage, rank_deadline_seconds=2.0)
+    twin = beside(storage, rank_deadline_seconds=2.0).run("r", rank=1, ranks=RANKS, launch="job").track(rng=False)
+    runs[0].resume()
+    first = runs[1].save(1, state=state_of(1, 1))
+    while not any(key.startswith("runs/r/save/") for key in storage.objects):
+        time.sleep(0.01)
+    with pytest.raises(Conflict, match="another process has saved step 1 as rank 1 of this launch"):
+        twin.save(1, state=state_of(2, 1)).wait()
+    ids = together(lambda rank: runs[rank].save(1, state=state_of(rank, 1)).wait().id, (0, 2))
+    assert ids == [first.wait().id] * 2 and same(beside(storage)["r"].at(1).load(), 1)
+    twin.close()
+    together(lambda rank: runs[rank].close())
+
+
 def test_a_rank_at_another_step() -> None:
     storage = MemoryStorage()
     runs = runs_on(storage)
@@ -180,6 +237,25 @@ def test_a_rank_at_another_step() -> None:
     assert beside(storage)["r"].latest is None
     ids = together(lambda rank: runs[rank].save(6, state=state_of(rank, 6)).wait().id)
     assert len(set(ids)) == 1 and same(beside(storage)["r"].at(6).load(), 6)
+    together(lambda rank: runs[rank].close())
+
+
+def test_whatever_ends_the_save_of_rank_0_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = MemoryStorage()
+    runs = runs_on(storage, rank_deadline_seconds=600.0)
+    together(lambda rank: runs[rank].save(1, state=state_of(rank, 1)).wait())
+    write = PartWriter.write
+
+    def fail(self: PartWriter, snapshot: Any, rank: int) -> None:
+        if rank == 0:
+            raise MemoryError("no room")
+        write(self, snapshot, rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "write", fail)
+        found = together(lambda rank: runs[rank].save(2, state=state_of(rank, 2)).wait())
+    assert "MemoryError" in str(found[0]) and all(isinstance(error, SaveAbandoned) for error in found[1:])
+    assert len({one.id for one in together(lambda rank: runs[rank].save(3, state=state_of(rank, 3)).wait())}) == 1
     together(lambda rank: runs[rank].close())
 
 
@@ -293,6 +369,49 @@ def test_every_rank_gets_its_own_random_state_back() -> None:
     together(lambda rank: again[rank].close(), range(2))
 
 
+class Hurt(MemoryStorage):
+    """The same place, as seen from a host that reads something of one object wrong."""
+
+    def __init__(self, other: MemoryStorage, key: str) -> None:
+        super().__init__()
+        self.objects, self._times, self._lock, self.key = other.objects, other._times, other._lock, key
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> memoryview:
+        found = super().get(key, start, stop)
+        return memoryview(bytes(byte ^ 1 for byte in found)) if key == self.key else found
+
+
+def test_no_rank_goes_back_over_damage_alone() -> None:
+    storage, models = MemoryStorage(), [nn.Linear(40, 40) for _ in range(RANKS)]
+
+    def started(launch: str, key: str = "") -> list[Run]:
+        places = [Hurt(storage, key if rank == 1 else "") for rank in range(RANKS)]
+        return [
+            beside(place).run("r", rank=rank, ranks=RANKS, launch=launch).track(rng=False, model=models[rank])
+            for rank, place in enumerate(places)
+        ]
+
+    runs = started("first")
+    for step in (1, 2):
+        before = set(storage.objects)
+        with torch.no_grad():
+            for model in models:
+                model.weight.fill_(step)
+                model.bias.fill_(step)
+        together(lambda rank, step=step: runs[rank].save(step).wait())
+    together(lambda rank: runs[rank].close())
+    newest = beside(storage)["r"].at(2)._open().manifest.views[0]
+    runs = started("second", pack_key("runs/r/", newest.spot(0).pack))
+    assert pack_key("runs/r/", newest.spot(0).pack) not in before
+    found = together(lambda rank: runs[rank].resume())
+    assert (found[0], found[2]) == (2, 2) and isinstance(found[1], everystep.Damaged)
+    assert "step 2 is damaged where rank 1 reads it" in str(found[1]) and "rewind" in found[1].do
+    assert together(lambda rank: runs[rank].rewind(1)) == [1] * RANKS
+    assert all(float(model.weight.detach().sum()) == 1600.0 for model in models)
+    assert len({saved.id for saved in together(lambda rank: runs[rank].save(2).wait())}) == 1
+    together(lambda rank: runs[rank].close())
+
+
 def test_another_number_of_ranks() -> None:
     storage = MemoryStorage()
     models = [nn.Linear(4, 4) for _ in range(RANKS)]
@@ -332,6 +451,18 @@ def test_a_rank_without_its_rank_0() -> None:
     with pytest.raises(SaveAbandoned, match="rank 0 of launch 'job' has not opened the run"):
         run.save(1, state=state_of(1, 1))
     assert storage.objects.keys() <= {"format.json"}
+
+
+def test_a_rank_that_counts_other_ranks() -> None:
+    """Rank 0 says 2, this one 3: the checkpoints of the one would be whole without what the other has."""
+    storage = MemoryStorage()
+    first = beside(storage, rank_deadline_seconds=0.2).run("r", rank=0, ranks=2, launch="job").track(rng=False)
+    assert first.resume() == 0
+    other = beside(storage, rank_deadline_seconds=0.2).run("r", rank=1, ranks=3, launch="job").track(rng=False)
+    with pytest.raises(SaveAbandoned, match="launch 'job', of 2 ranks, on ") as caught:
+        other.resume()
+    assert "the same launch id and number of ranks" in caught.value.do
+    first.close()
 
 
 class Launched(WithoutGit):

@@ -128,6 +128,38 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(hdfs: Hdfs) -> Non
     everystep.open(url)["a"].prune()
 
 
+def test_a_pack_that_a_killed_writer_began_is_pruned(hdfs: Hdfs) -> None:
+    url, client = f"{hdfs.url}/begun", hdfs_native.Client(hdfs.url)
+    script = (
+        "import sys, everystep; sys.path.insert(0, sys.argv[2]); from test_hdfs import state_of\n"
+        "run = everystep.open(sys.argv[1]).run('a').track(rng=False)\n"
+        "run.resume()\n"
+        "for step in range(1, 1000): run.save(step, state=state_of(step)).wait()"
+    )
+    with everystep.open(url).run("a").track(rng=False) as run:
+        run.save(0, state=state_of(0)).wait()
+    process = subprocess.Popen([sys.executable, "-c", script, url, str(Path(__file__).parent)])
+    try:
+        await_upload(hdfs, "/begun/runs/a/packs")
+    finally:
+        process.kill()
+        process.wait()
+
+    def begun() -> list[str]:
+        found = client.list_status("/begun/runs/a/packs", True)
+        return [status.path for status in found if TEMPORARY in status.path]
+
+    assert begun()
+    past = everystep.open(url)["a"]
+    past.prune()
+    assert begun(), "for all that its log says it may still be written"
+    with everystep.open(url).run("a").track(rng=False) as run:
+        run.resume()
+        run.save(10_000, state=state_of(1)).wait()
+    past.prune()
+    assert not begun() and past.latest is not None and past.latest.step == 10_000 and everystep.open(url).check().ok
+
+
 def test_a_datanode_that_dies_in_a_save_and_comes_back(hdfs: Hdfs) -> None:
     repo = everystep.open(f"{hdfs.url}/outage")
     with repo.run("a") as run:
@@ -194,6 +226,17 @@ def test_who_may_not_write_is_told(hdfs: Hdfs, monkeypatch: pytest.MonkeyPatch) 
     assert "eve" in caught.value.what and "HADOOP_USER_NAME" in caught.value.do
     with pytest.raises(ReadOnly):
         as_eve.delete("a")
+
+
+def test_a_refused_write_ends_with_its_own_exit_code(hdfs: Hdfs) -> None:
+    """A call that nobody waits for, such as the removal of a temporary file, may not abort the process at its end."""
+    with everystep.open(f"{hdfs.url}/ends").run("a").track(rng=False) as run:
+        run.save(1, state={"w": np.ones(10)})
+    command = [sys.executable, "-m", "everystep", "-r", f"{hdfs.url}/ends", "tag", "a@1", "mine"]
+    as_eve = {**os.environ, "HADOOP_USER_NAME": "eve"}
+    for _ in range(8):  # of those without the wait about two in five were aborted
+        done = subprocess.run(command, env=as_eve, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr[:24]) == (ReadOnly.exit_code, "error: cannot write here"), done.stderr
 
 
 def test_a_quota_is_a_full_place(hdfs: Hdfs) -> None:

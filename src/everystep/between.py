@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
 from everystep.checkpoint import Checkpoint
 from everystep.environment import fingerprint
-from everystep.errors import Error, NotFound, UsageError
+from everystep.errors import Error, EverystepWarning, NotFound, UsageError
 from everystep.past import PastRun
 from everystep.restore import KEPT
 from everystep.rules import Rule, check_rule
@@ -106,7 +107,7 @@ def carry(
         told = _telling(name, progress)
         if only is not None:
             part = _Part([only] if isinstance(only, str) else list(only), as_run, reason, takeover)
-            found.append(part.carry(past, ids, target, dry_run=dry_run))
+            found.append(part.carry(past, ids, target, dry_run=dry_run, told=told))
             continue
         report = Carried(name, as_run or name)
         vault, whole = RunVault(target, report.target_run), specs is None and rule is None
@@ -115,6 +116,8 @@ def carry(
         else:
             held = HeldRun(vault, takeover=takeover, reason=reason)
             _carry(past, vault, held, ids, report, whole=whole, told=told)
+        if report.apart and report.sent:
+            _warn_apart(report, vault.where, dry_run=dry_run)
         found.append(report)
     return found
 
@@ -127,6 +130,15 @@ def check_apart(one: Any, other: Any) -> None:
     named = not str(one.url).startswith("memory://")  # of these, several may have no name
     if one is other or (named and one.url == other.url):
         raise UsageError("both are the same place", where=str(one.url), do="give another folder or URL")
+
+
+def _warn_apart(report: Carried, where: str, *, dry_run: bool) -> None:
+    verb = "would go" if dry_run else "went"
+    text = (
+        f"{where} shares no checkpoint with run {report.run!r}: what {verb} there is a line beside its current one. "
+        f"If that is another run, give this one another name there (as_run=, --as)"
+    )
+    warnings.warn(text, EverystepWarning, stacklevel=4)
 
 
 def _carry(
@@ -190,7 +202,7 @@ class _Part:
     def __init__(self, only: list[str], as_run: str | None, reason: str, takeover: bool) -> None:
         self._only, self._as_run, self._reason, self._takeover = sorted(set(only)), as_run, reason, takeover
 
-    def carry(self, past: PastRun, ids: list[str], target: Place, *, dry_run: bool) -> Carried:
+    def carry(self, past: PastRun, ids: list[str], target: Place, *, dry_run: bool, told: Any) -> Carried:
         name = self._as_run or f"{past.name}.{'+'.join(path.replace('/', '.') for path in self._only)}"
         report = Carried(past.name, name)
         there = PastRun(target, name)._vault.history().origins
@@ -204,13 +216,13 @@ class _Part:
         if dry_run:
             report.sent = [checkpoint.step for checkpoint in todo]
         elif todo:
-            self._save(target, name, todo, report)
+            self._save(target, name, todo, report, told or (lambda done, total, nbytes: None))
         return report
 
     def _origin(self, checkpoint: Checkpoint) -> Start:
         return Start(checkpoint.run, checkpoint.id, checkpoint.step, self._only)
 
-    def _save(self, target: Place, name: str, todo: list[Checkpoint], report: Carried) -> None:
+    def _save(self, target: Place, name: str, todo: list[Checkpoint], report: Carried, told: Any) -> None:
         run = Run(
             target, name, config={}, when_busy="wait", takeover=self._takeover, rank=0, ranks=1, launch=None,
             keep=None, keep_full=None, quota_bytes=None,
@@ -218,13 +230,16 @@ class _Part:
         latest = run._history().latest
         run._left = latest.event.id if latest is not None else None  # they continue each other
         with run.track(rng=False):
-            for checkpoint in todo:
+            for number, checkpoint in enumerate(todo):
+                told(number, len(todo), report.sent_bytes)
                 state = self._state(checkpoint)
                 run._origin = self._origin(checkpoint)
+                run._open().term.steps.clear()  # after a rewind there, two may have one step
                 done = run.save(checkpoint.step, state=state, metrics=checkpoint.metrics, reason=self._reason).wait()
                 report.sent.append(done.step)
                 report.sent_bytes += int(done.cost["stored_bytes"])
                 report.raw_bytes += int(done.cost["raw_bytes"])
+            told(len(todo), len(todo), report.sent_bytes)
 
     def _state(self, checkpoint: Checkpoint) -> dict[Any, Any]:
         """The parts, each at its own path, with the role that its leaves have."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from everystep.checkpoint import Checkpoint
-from everystep.errors import CheckpointRetired, NotFound, SaveAbandoned, UsageError
+from everystep.errors import CheckpointRetired, Damaged, NotFound, SaveAbandoned, UsageError
 from everystep.past import PastRun
 from everystep.save.commit import check_fence, pause_seconds
 from everystep.vault import Committed, History, Place, RunVault, Term
@@ -71,6 +71,19 @@ def check_whole(history: History, checkpoint: Checkpoint, where: str) -> Committ
             do="undo() brings back what was dropped last; start_from() begins a new run with its weights",
         )
     return commit
+
+
+def check_alone(rank: int, ranks: int, step: int, error: Damaged) -> None:
+    """
+    Raises:
+        Damaged: of several ranks none goes back alone: what the others read of the checkpoint may be whole.
+    """
+    if ranks > 1:
+        raise Damaged(
+            f"the checkpoint of step {step} is damaged where rank {rank} reads it: {error.what}",
+            where=error.where,
+            do="run fsck to see which are whole, and go back to one of them on every rank: rewind(STEP)",
+        ) from error
 
 
 def write_rewind(vault: RunVault, term: Term, commit: Committed, author: str, *, first: bool) -> None:

@@ -96,9 +96,8 @@ class CloudStorage:
             self._put_parts(key, chain(held, rest))
             return
         nbytes = sum(map(len, held))
-        store = self._out if nbytes > _SMALL_BYTES else self._in
         body = held if nbytes > _SMALL_BYTES else b"".join(held)
-        self._ask("put", key, lambda: put(store, path, body, use_multipart=False))
+        self._ask("put", key, lambda: put(self._way(nbytes), path, body, use_multipart=False))
 
     def _put_parts(self, key: str, pieces: Iterator[memoryview]) -> None:
         """An upload in parts. Where making the pieces fails, obstore drops it, and that failure is what is raised."""
@@ -125,8 +124,12 @@ class CloudStorage:
             raise
 
     def put_new(self, key: str, data: bytes) -> None:
-        path, put = self._path(key), self._obstore.put
-        self._ask("put_new", key, lambda: put(self._in, path, bytes(data), mode="create", use_multipart=False))
+        path, put, store = self._path(key), self._obstore.put, self._way(len(data))
+        self._ask("put_new", key, lambda: put(store, path, bytes(data), mode="create", use_multipart=False))
+
+    def _way(self, nbytes: int) -> Any:
+        """For what goes out in one request: while it does the store is silent, and only of little is that no sign."""
+        return self._out if nbytes > _SMALL_BYTES else self._in
 
     def list(self, prefix: str, deep: bool = True, after: str = "") -> Iterator[str]:
         if deep:
@@ -147,10 +150,15 @@ class CloudStorage:
 
     def _pages(self, prefix: str, after: str) -> Iterator[str]:
         root, offset = self._path(prefix.rstrip("/")) or None, self._path(after.rstrip("/")) if after else None
-        pages = self._ask(
-            "list", prefix, lambda: self._obstore.list(self._in, root, offset=offset, chunk_size=_LISTED_AT_ONCE)
-        )
-        while page := self._ask("list", prefix, lambda: next(pages, None)):
+        pages: Any = None
+
+        def turn() -> Any:
+            nonlocal pages
+            if pages is None:  # by itself it asks nothing
+                pages = self._obstore.list(self._in, root, offset=offset, chunk_size=_LISTED_AT_ONCE)
+            return next(pages, None)
+
+        while page := self._ask("list", prefix, turn):
             for found in page:
                 key = found["path"][len(self._prefix) :]
                 if key.startswith(prefix) and key > after:

@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 
 from everystep.errors import AlreadyExists, Damaged, Error, ObjectMissing, StorageError, Unsupported, UsageError
-from everystep.seam import Pool, Seam
+from everystep.seam import Pool, Seam, Task
 from everystep.settings import Settings
 from everystep.storage.hdfs_errors import explain, silent
 from everystep.storage.stat import Stat
@@ -33,6 +34,10 @@ class _Connection(NamedTuple):
 _CONNECTIONS: dict[tuple[str | None, ...], _Connection] = {}
 _STARTED: list[int] = []
 """The process in which the library's threads run."""
+_UNDER_WAY: WeakSet[Task[Any]] = WeakSet()
+_LEAVING: list[int] = []
+"""The process that waits for them at its end."""
+LEAVE_SECONDS = 2.0
 
 
 class HdfsStorage:
@@ -59,6 +64,9 @@ class HdfsStorage:
             Unsupported: if the library is not installed.
         """
         _library()
+        if seam.pid() not in _LEAVING:  # before any run, so that what a run does at the end comes first
+            _LEAVING[:] = [seam.pid()]
+            seam.at_exit(partial(_leave, seam))
         authority, slash, path = rest.partition("/")
         if "@" in authority:
             raise UsageError("a URL of HDFS names no user", do="set HADOOP_USER_NAME, or kinit")
@@ -118,6 +126,18 @@ class HdfsStorage:
             elif entry > after:
                 yield entry
 
+    def unfinished(self, prefix: str) -> Iterator[str]:
+        """What no listing shows below a folder: files that were begun and, by a process that was killed, not ended."""
+        folder = self._path(prefix.rstrip("/"))
+        try:
+            found = self._ask("list", prefix, lambda client: list(client.list_status(folder, True)), whole=True)
+        except ObjectMissing:
+            return
+        for status in found:
+            below, name = status.path.removeprefix(f"{folder}/"), status.path.rpartition("/")[2]
+            if not status.isdir and name.startswith(TEMPORARY):
+                yield f"{prefix}{below}"
+
     def delete(self, key: str) -> None:
         path = self._path(key)
         try:
@@ -166,7 +186,7 @@ class HdfsStorage:
     def _discard(self, temporary: str) -> None:
         """Best effort, and nobody waits for it: what is left over is invisible."""
         _, connection = self._connected()
-        connection.pool.start(lambda client: client.delete(temporary, False), connection.client)
+        _start(connection, lambda client: client.delete(temporary, False))
 
     def _path(self, key: str) -> str:
         if any(part in ("", ".", "..") for part in key.split("/")) and key:
@@ -184,7 +204,7 @@ class HdfsStorage:
         """
         name, connection = self._connected()
         limit = self._settings.upload_seconds if whole else self._settings.request_seconds
-        task = connection.pool.start(request, connection.client)
+        task = _start(connection, request)
         if not task.settle(limit):
             if _CONNECTIONS.get(name) is connection:  # what hangs in there stays there
                 del _CONNECTIONS[name]
@@ -227,6 +247,20 @@ class HdfsStorage:
             where=self.url,
             do="a name without a port is a nameservice of HADOOP_CONF_DIR's hdfs-site.xml; else hdfs://host:port/path",
         )
+
+
+def _start(connection: _Connection, request: Callable[[Any], T]) -> Task[T]:
+    task = connection.pool.start(request, connection.client)
+    _UNDER_WAY.add(task)
+    return task
+
+
+def _leave(seam: Seam) -> None:
+    """Waits for calls that nobody waits for. One that comes back while the interpreter ends aborts the process: its
+    thread is unwound there, and the library's frames cannot be."""
+    until = seam.monotonic() + LEAVE_SECONDS
+    for task in list(_UNDER_WAY) if [seam.pid()] == _LEAVING else ():  # a forked process has none of the threads
+        task.settle(max(0.0, until - seam.monotonic()))
 
 
 def _read(reader: Any, start: int, nbytes: int, _: Any) -> bytes:

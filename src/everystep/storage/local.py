@@ -113,6 +113,19 @@ class LocalStorage:
             elif entry > after:
                 yield entry
 
+    def unfinished(self, prefix: str) -> Iterator[str]:
+        """What no listing shows below a folder: files that were begun and, by a process that was killed, not ended."""
+        with self._errors(prefix, "read"):
+            try:
+                found = self._files.names(self._path(prefix.rstrip("/")))
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name, is_folder in found:
+            if is_folder:
+                yield from self.unfinished(f"{prefix}{name}/")
+            elif name.startswith(TEMPORARY):
+                yield f"{prefix}{name}"
+
     def delete(self, key: str) -> None:
         with self._errors(key):
             try:
@@ -179,7 +192,7 @@ class LocalStorage:
                 begun = end
 
     def _discard(self, temporary: str) -> None:
-        """Best effort: what is left over is invisible, and collection removes it."""
+        """Best effort: what is left over is invisible; of packs, collection removes it."""
         try:
             self._files.unlink(temporary)
         except OSError:

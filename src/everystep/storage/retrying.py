@@ -64,6 +64,11 @@ class RetryingStorage:
                 patience = patience or self._patience()
                 patience.wait(error)
 
+    def unfinished(self, prefix: str) -> tuple[str, ...]:
+        """As the inner storage's, where it leaves such."""
+        find = getattr(self.inner, "unfinished", None)
+        return () if find is None else self._again(lambda: tuple(find(prefix)))
+
     def delete(self, key: str) -> None:
         self._again(lambda: self.inner.delete(key))
 

@@ -138,13 +138,20 @@ class _Run:
         there = {slot for slot in map(record_slot, names) if slot is not None}
         newest = max(there, default=-1)
         key = record_key(folder, newest)
-        if newest >= history.slots or (there and bytes(self._bare.get(key)) != bytes(self._target.get(key))):
+        if there and self._original(key) != bytes(self._target.get(key)):
             raise Conflict(
                 f"the mirror has a record {newest} of this run that the original has not",
                 where=f"{self._target.url}/{key}",
                 do="the original was set back: bring it up from the mirror by pull, or begin a new mirror elsewhere",
             )
         return [slot for slot in range(history.slots) if slot not in there]
+
+    def _original(self, key: str) -> bytes | None:
+        """A record as it is now: another process may have mirrored one that was not there when the log was read."""
+        try:
+            return bytes(self._bare.get(key))
+        except ObjectMissing:
+            return None
 
     def _packs_there(self) -> set[PackName]:
         keys = (key.rsplit("/", 2) for key in self._target.list(f"{self._vault.folder}packs/"))

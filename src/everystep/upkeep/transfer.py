@@ -46,10 +46,13 @@ class Carried:
     """Of their states."""
     said: int = 0
     """Tags, notes, metrics, files and other things beside checkpoints that are new there."""
+    apart: bool = False
+    """The run of that name there has none of this one's checkpoints: it may be another run altogether."""
 
 
 def waiting(source: History, target: History, ids: Sequence[str], report: Carried, *, whole: bool) -> None:
     """What there is to carry, as far as the logs say."""
+    report.apart = _is_apart(source, target)
     todo = [source.commits[id].event for id in ids if id not in target.commits]
     report.there += len(ids) - len(todo)
     report.sent += [event.step for event in todo]
@@ -58,6 +61,10 @@ def waiting(source: History, target: History, ids: Sequence[str], report: Carrie
     report.said += len(files(source, target)) + len(
         Beside(lambda: ("", ""), follow=False).of_run(source, target, whole=whole)
     )
+
+
+def _is_apart(source: History, target: History) -> bool:
+    return bool(target.commits) and source.commits.keys().isdisjoint(target.commits)
 
 
 class Condemned(Exception):
@@ -96,6 +103,7 @@ class Carrier:
         """
         there = self._target.history()
         self._check_readable(there)
+        report.apart = _is_apart(self._source.log.history, there)
         todo = [id for id in ids if id not in there.commits]
         report.there += len(ids) - len(todo)
         for number, id in enumerate(todo):

@@ -67,6 +67,8 @@ class History:
     dropped: dict[str, Dropped] = field(default_factory=dict)
     """Checkpoints that were retired or thinned, and what can still bring them back."""
     settled: dict[tuple[str, int], str | None] = field(default_factory=dict)
+    steps: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Of the saves that are settled."""
     missing_ranks: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     again: set[tuple[str, int]] = field(default_factory=set)
     """Saves that all ranks write once more, under the next ordinal."""
@@ -207,7 +209,7 @@ class History:
         if record.term < self.term or key in self.settled or event.id in self.commits:
             self.damaged[record.seq] = "commits what a fenced process or an earlier record had settled"
             return
-        self.settled[key], self.tip = event.id, None
+        self.settled[key], self.steps[key], self.tip = event.id, event.step, None
         self.ever |= unroll(event.packs)
         self.commits[event.id] = Committed(event, record.seq, record.term, record.time, record.author)
         self.live[event.id] = None
@@ -218,6 +220,7 @@ class History:
 
     def _abandon(self, event: events.Abandon, record: events.Record) -> None:
         self.settled.setdefault((event.nonce, event.ordinal), event.instead)
+        self.steps.setdefault((event.nonce, event.ordinal), event.step)
         self.missing_ranks[(event.nonce, event.ordinal)] = event.missing
         if event.again:
             self.again.add((event.nonce, event.ordinal))

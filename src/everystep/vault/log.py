@@ -42,6 +42,8 @@ class Log:
             in_full: every record is read by itself, also where a volume holds it.
         """
         self._may = may
+        self.fence: Callable[[History], None] | None = None
+        """Raises, while this process is a job that holds the run, if another one has taken it: nothing is appended."""
         self._storage, self._folder, self._seam, self._settings = storage, folder, seam, settings
         self._genesis = blake3(f"{genesis} {folder}".encode()).hexdigest()
         self._shelf = None if in_full else Shelf(storage, folder, seam, settings)
@@ -198,6 +200,8 @@ class Log:
                     if self.confirm().slots == decided:
                         return self.history
                     continue  # that was about an older head
+                if self.fence is not None:
+                    self.fence(self.history)
                 self._may(self.history, events)
                 if self._put(events, author):
                     self._read_next_own()

@@ -212,6 +212,9 @@ class Place:
             if not self._refuse_foreign(again=again):
                 return None
             return self._read(again=True)
+        if bytes(data[:1]) == b"<":
+            what = "a page of the web is there, and no repository: perhaps what answers is no store"
+            raise ForeignRepository(what, where=where, do="check the URL, and the endpoint: its host and port")
         found = unpack_lines(data, _Format, where)
         if found.format != "everystep":
             raise ForeignRepository("this is not an everystep repository", where=where, do="give another folder")
