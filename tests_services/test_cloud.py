@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from _server import Place
 
 import everystep
 from everystep.errors import AlreadyExists, Damaged, Error, ObjectMissing, ReadOnly, RunTakenOver, StorageError
-from everystep.seam import REAL
+from everystep.seam import REAL, Process, Seam
 from everystep.settings import DEFAULT, Settings
 from everystep.storage import open_storage
 from everystep.storage.cloud import CloudStorage
@@ -157,7 +158,7 @@ def test_another_users_bucket(ceph: Ceph, on_ceph: Place, monkeypatch: pytest.Mo
     for name, value in ceph.environment(key, secret).items():
         monkeypatch.setenv(name, value)
     storage = open_storage(url, REAL)
-    with pytest.raises(ReadOnly, match="does not let this process put"):
+    with pytest.raises(ReadOnly, match="does not let this process write"):
         storage.put("x", [b"."])
     with pytest.raises(StorageError, match="does not let this process read") as caught:
         storage.get("x")
@@ -311,6 +312,20 @@ def test_processes_that_just_end(on_ceph: Place) -> None:
 # two jobs, and replies that get lost ---------------------------------------------------------------------------------
 
 
+class Job(Seam):
+    """One of two jobs, each a process of its own to all that asks."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self._number = number
+
+    def process(self) -> Process:
+        return replace(super().process(), started=f"{super().process().started}-{self._number}")
+
+    def is_gone(self, other: Process) -> bool:
+        return False
+
+
 def test_two_jobs_and_lost_replies(ceph: Ceph, on_ceph: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first job is fenced at its next save, its tags and its retirements too; no checkpoint holds parts of both."""
     url, chance = on_ceph.new("runs"), random.Random(1)
@@ -325,12 +340,12 @@ def test_two_jobs_and_lost_replies(ceph: Ceph, on_ceph: Place, monkeypatch: pyte
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{between.port}")
         for number in range(tries):
             first, second = (
-                everystep.open(url, settings=settings)
+                everystep.open(url, settings=settings, seam=Job(job))
                 .run(f"r{number}", takeover=True, keep=everystep.last(5))
                 .track(rng=False)
-                for _ in range(2)
+                for job in range(2)
             )
-            first.save(1, state={"who": np.full(1000, 1)}).wait()
+            one = first.save(1, state={"who": np.full(1000, 1)}).wait()
             assert second.resume() == 1
             saves = [job.save(2, state={"who": np.full(1000, n)}) for n, job in ((1, first), (2, second))]
             with pytest.raises(RunTakenOver):
@@ -338,11 +353,15 @@ def test_two_jobs_and_lost_replies(ceph: Ceph, on_ceph: Place, monkeypatch: pyte
             saves[1].wait()
             with pytest.raises(RunTakenOver):  # what it would retire by its rule goes the same way
                 first.save(3, state={"who": np.full(1000, 1)}).wait()
+            for change in (lambda: one.tag("mine"), lambda: first.forget(everystep.last(1), force=True)):  # noqa: B023
+                with pytest.raises(RunTakenOver):
+                    change()
             fenced += 1
             second.close()
             with pytest.raises(Error):
                 first.close()
-            found = [(one.step, set(one.load()["who"])) for one in everystep.open(url)[f"r{number}"].checkpoints()]
-            mixed += found != [(1, {1}), (2, {2})]
+            left = everystep.open(url)[f"r{number}"]
+            found = [(each.step, set(each.load()["who"])) for each in left.checkpoints()]
+            mixed += found != [(1, {1}), (2, {2})] or bool(left.tags)
         assert between.lost >= tries
     assert (mixed, fenced) == (0, tries)
