@@ -22,7 +22,7 @@ STEPS, SAVE_EVERY = 24, 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", default="runs")
-    parser.add_argument("--run", default="dcp")
+    parser.add_argument("--name", default="dcp")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="torch.distributed is")  # one process
     torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def main() -> None:
     model = nn.Sequential(nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
 
-    with everystep.open(args.repo).run(args.run) as run:
+    with everystep.open(args.repo).run(args.name) as run:
         done = run.resume()  # takes the run, and puts the random states back
         if done:
             weights, moments = get_state_dict(model, optimizer)

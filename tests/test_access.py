@@ -111,6 +111,17 @@ def test_what_makes_no_policy(place: str, options: dict[str, Any], error: type[E
         access_policy(place, **{"role": "writer", **options})
 
 
+def test_an_address_with_its_endpoint() -> None:
+    assert access_policy(f"{URL}?endpoint=https://ceph.example.org", "reader") == access_policy(URL, "reader")
+
+
+@pytest.mark.parametrize("place", ["s3://key:planted@bucket/x", "https://key:planted@host/x", "gs://b/x?key=planted"])
+def test_what_may_be_a_secret_is_not_repeated(place: str) -> None:
+    with pytest.raises(everystep.Error) as caught:
+        access_policy(place, "reader")
+    assert "planted" not in str(caught.value)
+
+
 def test_what_a_policy_cannot_hold_is_said() -> None:
     found = access_policy(URL, "writer", store="ceph", to=["train"])
     assert isinstance(found, AccessPolicy) and any("overwrite" in note for note in found.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,47 @@ def test_mirror_and_promote(place: Path, tmp_path: Path) -> None:
     assert lines_of(copy, "mirror", "--promote")[0].endswith("can be written from now on")
     assert call(copy, "tag", "a@1", "x").exit_code == 0
     assert call(place, "mirror", str(copy)).exit_code == everystep.Conflict.exit_code
+
+
+def test_another_run_of_that_name_is_said(place: Path, tmp_path: Path) -> None:
+    other = everystep.open(str(tmp_path / "two"))
+    with other.run("a").track(rng=False) as run:
+        run.save(7, state={"w": np.ones(10)}).wait()
+    for more in (["--dry-run"], []):
+        found = call(place, "push", str(tmp_path / "two"), "a", *more)
+        assert found.exit_code == 0 and "shares no checkpoint with run 'a'" in found.stderr and "--as" in found.stderr
+    assert other["a"].latest is not None and other["a"].latest.step == 7
+    (again,) = json_of(place, "push", str(tmp_path / "two"), "a")["runs"]
+    assert not again["apart"] and again["there"] == 4
+    assert "shares no" not in call(place, "push", str(tmp_path / "three")).stderr
+
+
+@pytest.mark.parametrize(("verb", "method"), [("push", "push"), ("pull", "pull"), ("mirror", "mirror")])
+def test_an_interrupt_says_what_became_of_it(
+    place: Path, tmp_path: Path, verb: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any, **named: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(everystep.Repository, method, interrupt)
+    found = call(place, verb, str(tmp_path / "two"))
+    assert found.exit_code == 130 and found.stderr.startswith("interrupted: ") and "goes on" in found.stderr
+
+
+def test_a_part_says_how_far_it_is(place: Path, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    everystep.open(str(place)).push(
+        str(tmp_path / "two"),
+        "a",
+        only="params/head",
+        progress=lambda run, done, total, nbytes: told.append((run, done, total)),
+    )
+    assert told == [("a", done, 4) for done in range(5)]
+
+
+def test_how_many_of_which_metric(place: Path, tmp_path: Path) -> None:
+    found = call(place, "push", str(tmp_path / "two"), "a", "--keep-best", "3")
+    assert found.exit_code == everystep.UsageError.exit_code and "--keep-best 3:val_loss" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from _fake_s3 import fake_s3
 
+import everystep
 from everystep.errors import UsageError
 from everystep.seam import Files, Seam
 from everystep.settings import Settings
@@ -116,6 +117,35 @@ def test_an_endpoint_that_is_none(endpoint: str) -> None:
             account(rest, Told(more))
 
 
+@pytest.mark.parametrize("place", ["s3:/bucket/runs", "S3:bucket", "gs:/b", "az:/c", "hdfs:/host:8020/x"])
+def test_a_url_that_lost_a_slash_is_no_folder(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from `pathlib.Path("s3://bucket/runs")`: a training would save into a folder called "s3:"."""
+    monkeypatch.chdir(tmp_path)
+    for given in (place, Path(place)):
+        with pytest.raises(UsageError, match="and this would be a folder") as caught:
+            everystep.open(given)
+        assert "not through a Path" in caught.value.do
+    assert everystep.open(f"./{place}").url == str(tmp_path / place)
+
+
+@pytest.mark.parametrize(
+    ("place", "meant"),
+    [
+        ("s3a://bucket/x", "s3://bucket/prefix"), ("gcs://bucket", "gs://bucket/prefix"),
+        ("abfss://c@account/x", "az://container/prefix"), ("webhdfs://h:1/x", "hdfs://host:port/path"),
+        ("https://host/bucket", "s3://bucket/prefix?endpoint=https://host:port"),
+    ],
+)  # fmt: skip
+def test_how_everystep_writes_what_others_write_otherwise(place: str, meant: str) -> None:
+    with pytest.raises(UsageError, match="no storage for") as caught:
+        everystep.open(place)
+    assert caught.value.do == f"write {meant}"
+
+
+def test_a_scheme_in_capitals() -> None:
+    assert everystep.open("MEMORY://capitals").url == "memory://capitals"
+
+
 # S3 ------------------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +205,21 @@ def test_where_keys_are_looked_for(home: Path) -> None:
         "access_key_id": "ceph-id", "secret_access_key": "ceph-secret", "token": "ceph-token", "expires_at": None,
     }  # fmt: skip
     assert "ceph-secret" not in repr(account)
+
+
+@pytest.mark.parametrize(("there", "missing"), [(0, 1), (1, 0)])
+def test_half_a_pair_of_keys_is_said(home: Path, there: int, missing: int) -> None:
+    names = list(KEYS)
+    told = {names[there]: "planted", names[missing]: ""}
+    with pytest.raises(UsageError, match=f"{names[there]} is set, and {names[missing]} is not") as caught:
+        cloud_s3.account("b", Told(told, home))
+    assert "planted" not in str(caught.value)
+    assert "'ceph'" in cloud_s3.account("b?profile=ceph", Told(told, home)).credentials
+    with (home / ".aws" / "credentials").open("a") as file:
+        file.write("[half]\naws_access_key_id = planted\n")
+    with pytest.raises(UsageError, match="profile 'half' has a key and no secret") as caught:
+        cloud_s3.account("b?profile=half", Told({}, home))
+    assert "planted" not in str(caught.value)
 
 
 def test_profiles_that_cannot_be_used(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from everystep.seam import Seam
 from everystep.settings import Settings
 from everystep.storage import open_storage
 from everystep.storage.cloud import CloudStorage
+from everystep.storage.cloud_errors import explain
 
 KEY_ID, SECRET, TOKEN = "AKIAPLANTED00000001", "planted/secret+of/forty0characters0000000", "planted-session-token"
 SIGNATURE = "planted%2Fsignature%3D"
@@ -86,8 +87,8 @@ TABLE = [
     ("put_new", 404, "ContainerNotFound", StorageError, "there is no bucket"),
     ("get", 403, "AccessDenied", StorageError, "does not let this process read"),
     ("stat", 403, "", StorageError, "does not let this process read"),
-    ("put", 403, "AccessDenied", ReadOnly, "does not let this process put"),
-    ("put_new", 403, "AccessDenied", ReadOnly, "does not let this process put new"),
+    ("put", 403, "AccessDenied", ReadOnly, "does not let this process write"),
+    ("put_new", 403, "AccessDenied", ReadOnly, "does not let this process write: 403"),
     ("delete", 403, "AccessDenied", ReadOnly, "does not let this process delete"),
     ("get", 403, "InvalidAccessKeyId", StorageError, "does not accept the credentials: 403 InvalidAccessKeyId"),
     ("put", 403, "SignatureDoesNotMatch", StorageError, "does not accept the credentials"),
@@ -105,6 +106,7 @@ TABLE = [
     ("put_new", 429, "", Unreachable, "too busy"),
     ("put", 500, "InternalError", Unreachable, "the store failed: 500 InternalError"),
     ("put_new", 500, "InternalError", UnknownOutcome, "the store failed"),
+    ("put", 400, "RequestTimeout", Unreachable, "the store failed: 400 RequestTimeout"),
     ("get", 0, "", Unreachable, "connection to the store was lost"),
     ("list", 0, "", Unreachable, "connection to the store was lost"),
     ("put_new", 0, "", UnknownOutcome, "connection to the store was lost"),
@@ -123,6 +125,52 @@ def test_each_failure_has_its_class_and_words(
     assert type(error) is kind and words in error.what
     assert error.where == ("s3://bucket/p/" if verb in ("list", "entries") else "s3://bucket/p/x")
     assert error.do or kind is ObjectMissing
+
+
+@pytest.mark.parametrize("verb", ["get", "put", "put_new", "list"])
+def test_who_speaks_no_tls_is_told_apart_from_an_outage(fake: FakeS3, verb: str) -> None:
+    """http:// and https:// are easily mixed up, and no waiting mends it."""
+    endpoint = fake.endpoint.replace("http://", "https://")
+    with pytest.raises(StorageError, match=f"what answers at {endpoint} does not speak TLS") as caught:
+        call(CloudStorage.open("s3", f"bucket/p?endpoint={endpoint}", Seam(), QUICK), verb)
+    assert type(caught.value) is StorageError and "begin with http://" in caught.value.do
+
+
+@pytest.mark.parametrize(("verb", "status"), [("list", 404), ("get", 400), ("put", 400)])
+def test_something_else_than_a_store_answers(fake: FakeS3, verb: str, status: int) -> None:
+    error = raised(fake, verb, status=status, body="<html>nothing here</html>")
+    assert error.what == f"what answers at {fake.endpoint} does not speak as a store does: {status}"
+    assert "host and port" in error.do and type(error) is StorageError
+
+
+def test_a_server_that_answers_everything_with_a_page_is_no_damage(fake: FakeS3) -> None:
+    bare(fake).put("format.json", [b"<!doctype html><title>Sign in</title>"])
+    with pytest.raises(everystep.ForeignRepository, match="a page of the web") as caught:
+        everystep.open(f"s3://bucket/p?endpoint={fake.endpoint}", settings=QUICK).runs()
+    assert "endpoint" in caught.value.do
+
+
+def test_a_store_that_was_there_is_not_taken_for_something_else(fake: FakeS3) -> None:
+    storage = bare(fake)
+    storage.put("x", [b"body"])
+    fake.faults.append(Fault("GET", 400, body="?"))
+    with pytest.raises(StorageError, match="the store refused this: 400"):
+        storage.get("x")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ('Connect, ConnectError("dns error", Custom {', ": no such host is known"),
+        ("Connect, ConnectError( Os { code: 111, kind: ConnectionRefused", ": nothing listens there"),
+        ("Connect, TimedOut", ": it did not answer"),
+        ("Connect, Other", ""),
+    ],
+)
+def test_why_there_is_no_connection(fake: FakeS3, words: str, said: str) -> None:
+    account = bare(fake)._account
+    error = explain(OSError(f"HttpError {{ kind: Connect, source: {words}"), account, "get", "there", first=True)
+    assert type(error) is Unreachable and error.what == f"no connection to {fake.endpoint}{said}"
 
 
 def test_the_right_region_is_named(fake: FakeS3) -> None:
@@ -156,6 +204,7 @@ def test_what_the_giver_of_credentials_says_is_no_word_of_the_store(
     with pytest.raises(StorageError, match=f"no credentials were given out: {status}") as caught:
         bare(fake).get("x")
     assert type(caught.value) is StorageError and "this machine's role" in caught.value.do
+    assert "or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in caught.value.do
 
 
 # no credential in anything -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import everystep
 from everystep.cli.app import app
-from everystep.errors import AlreadyExists, ObjectMissing, ReadOnly, StorageError, UsageError
+from everystep.errors import AlreadyExists, ObjectMissing, ReadOnly, StorageError, StorageFull, UsageError
 from everystep.seam import Seam
 from everystep.storage import LocalStorage, MemoryStorage, Stat, open_storage
 from everystep.storage.conformance import StorageReport, check
@@ -336,6 +336,22 @@ def test_who_may_not_write_is_told_at_once() -> None:
 
     with pytest.raises(ReadOnly):
         tried(Closed())
+
+
+@pytest.mark.parametrize("error", [StorageFull("no space left", where="there"), KeyboardInterrupt()])
+def test_a_check_that_ends_early_takes_away_what_it_wrote(error: BaseException) -> None:
+    """A full store is no unsafe one: it is said as what it is."""
+
+    class Small(MemoryStorage):
+        def put(self, key: str, data: Iterable[Any]) -> None:
+            if "large" in key:
+                raise error
+            super().put(key, data)
+
+    storage = Small()
+    with pytest.raises(type(error)):
+        tried(storage, "ranges", "large objects")
+    assert list(storage.list("")) == []
 
 
 def test_what_cannot_be_deleted_is_said() -> None:

@@ -494,8 +494,9 @@ def test_several_ranks_in_front() -> None:
 def test_a_place_that_cannot_be_reached_at_the_start() -> None:
     two = Two()
     two.network.cut()
-    with pytest.raises(StorageError, match="there is no checkpoint here"):
+    with pytest.raises(StorageError, match="there is no checkpoint here") as caught:
         two.run().resume()
+    assert caught.value.__cause__ is not None and caught.value.do.startswith(caught.value.__cause__.do or "try again")
     two.network.mend()
     with two.run() as run:
         save(run, 1)

@@ -76,6 +76,11 @@ def test_each_becomes_ours(error: Exception, verb: str, kind: type[Exception], s
     assert found.do or isinstance(found, (ObjectMissing, AlreadyExists))
 
 
+def test_quotes_of_the_namenode_are_quotes() -> None:
+    said = r"Permission denied: user=eve, access=WRITE, inode=\"/a\":root:supergroup:drwxr-xr-x"
+    assert 'inode="/a":root' in explain(answer(DENIED, said), "put_new", "here").what
+
+
 def test_silence() -> None:
     assert type(silent("stat", "here", 3.0)) is Unreachable
     assert type(silent("rename", "here", 3.0)) is UnknownOutcome

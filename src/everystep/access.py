@@ -71,14 +71,20 @@ def _address(place: str) -> tuple[str, str]:
     if scheme != "s3":
         raise Unsupported(
             "policies are written for S3 and what speaks like it",
-            where=place,
+            where=_shown(place),
             do="s3://bucket/prefix; docs/access.md says what a writer needs elsewhere",
         )
-    found = _ADDRESS.fullmatch(place)
-    if found is None or "*" in (found[2] or "") or "?" in (found[2] or ""):
-        raise UsageError("not the address of a bucket", where=place, do="s3://bucket/prefix")
+    found = _ADDRESS.fullmatch(place.partition("?")[0])  # a policy is the same at any endpoint
+    if found is None or "*" in (found[2] or ""):
+        raise UsageError("not the address of a bucket", where=_shown(place), do="s3://bucket/prefix")
     prefix = (found[2] or "").strip("/")
     return found[1], f"{prefix}/" if prefix else ""
+
+
+def _shown(place: str) -> str:
+    """Without what may be a credential: before the host, and behind the path."""
+    scheme, _, rest = place.partition("://")
+    return f"{scheme}://…" if "@" in rest else place.partition("?")[0]
 
 
 def _statements(bucket: str, prefix: str, role: str, *, conditions: bool) -> list[dict[str, Any]]:

@@ -199,7 +199,7 @@ class FrontRun(Run):
                 raise StorageError(
                     f"the place behind cannot be reached, and there is no checkpoint here to go on from: {error.what}",
                     where=self._behind.url,
-                    do="try again when it can be reached; or open the repository without behind= to begin anew here",
+                    do=f"{error.do or 'try again'}; or open the repository without behind= to begin anew here",
                 ) from error
             self._nearest.assume_away()
             self._warn(f"{self._behind.url} cannot be reached, so that it is not known what is there: {error.what}")

@@ -57,10 +57,11 @@ def push(
 
     What is there is not sent: checkpoints by id, chunks by hash. Every byte that is sent has been checked, and each
     checkpoint is committed there once, with its tags, notes and metrics. Cut off, it goes on when it is called again.
+    The column "beside" counts tags, notes, metrics and files that are new there.
     """
     screen, repository = begin(context, repo, as_json)
     rule = _rule(keep_last, keep_best)
-    with _sending() as told, _said():
+    with _goes_on(), _carrying("sending") as told, _said():
         found = repository.push(
             target, which or None, keep=rule, only=only or None, as_run=as_run, dry_run=dry_run, takeover=takeover,
             progress=told,
@@ -90,7 +91,7 @@ def pull(
     """
     screen, repository = begin(context, repo, as_json, new=True)
     rule = _rule(keep_last, keep_best)
-    with _sending() as told, _said():
+    with _goes_on(), _carrying("bringing") as told, _said():
         found = repository.pull(
             source, which or None, keep=rule, only=only or None, as_run=as_run, dry_run=dry_run, takeover=takeover,
             progress=told,
@@ -128,7 +129,7 @@ def mirror(
             lambda: [headed(human.clean(repository.url), " can be written from now on")],
         )
         return
-    with counting("mirroring") as told:
+    with _goes_on(), counting("mirroring") as told:
         done = repository.mirror(target, prune=prune, dry_run=dry_run, progress=told)
     document = {"repository": repository.url, "target": target, "dry_run": dry_run, **asdict(done)}
     screen.give(document, lambda: _mirrored(document))
@@ -140,8 +141,8 @@ def _rule(last: int | None, best: Sequence[str] | None) -> everystep.Rule | None
 
 
 @contextmanager
-def _sending() -> Iterator[Callable[[str, int, int, int], None] | None]:
-    with counting("sending") as told:
+def _carrying(what: str) -> Iterator[Callable[[str, int, int, int], None] | None]:
+    with counting(what) as told:
         if told is None:
             yield None
             return
@@ -153,6 +154,16 @@ def _sending() -> Iterator[Callable[[str, int, int, int], None] | None]:
 def _said() -> Iterator[None]:
     with instead(RunInUse, do="end that process first, or --takeover"):
         yield
+
+
+@contextmanager
+def _goes_on() -> Iterator[None]:
+    """Whoever interrupts long work wants to know what became of it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted: what is there is whole, and the same command goes on from there", err=True)
+        raise
 
 
 def _about(verb: str, repository: Repository, other: str, found: Sequence[Carried], dry_run: bool) -> dict[str, Any]:

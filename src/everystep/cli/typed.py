@@ -63,6 +63,8 @@ def best(text: str, option: str) -> Rule:
     """
     number, colon, rest = text.partition(":")
     counted = bool(colon) and number.isascii() and number.isdigit()
+    if not rest.strip() and number.isascii() and number.isdigit():
+        raise UsageError(f"{option} {text}: the best {number} by which metric?", do=f"{option} {number}:val_loss")
     name, mode = metric(rest if counted else text, option)
     if counted and int(number) < 1:
         raise UsageError(f"{option} {text}: how many is a positive number", do=f"{option} 3:{name}")

@@ -116,16 +116,18 @@ def join_run(vault: RunVault, launch: str, rank: int, ranks: int) -> Term:
     raise SaveAbandoned(
         f"rank 0 of launch {launch!r} has not opened the run; {_seen(vault, vault.history())}",
         where=vault.where,
-        do="start rank 0, and give every rank the same launch id",
+        do="start rank 0, and give every rank the same launch id and number of ranks",
     )
 
 
 def _may_join(vault: RunVault, history: History, owner: Open, rank: int, ranks: int) -> bool:
     """Whether the newest term, of this launch, is one to join. A launch id may be used again: then it is not that of an
     earlier start, nor the one that this rank has had before."""
+    if owner.ranks != ranks:  # its checkpoints would be whole without this rank
+        return False
     if not history.closed:
         return not is_gone(vault.seam, owner)
-    if owner.ranks != ranks or (owner.nonce, rank) in _JOINED:
+    if (owner.nonce, rank) in _JOINED:
         return False
     # Clocks of two hosts differ by less than the time from one start to the next, but maybe by more than that from an
     # end to the next start.
@@ -147,4 +149,5 @@ def _seen(vault: RunVault, history: History) -> str:
         return "nobody has opened it yet"
     how = "and closed it" if history.closed else "and has died" if is_gone(vault.seam, owner) else "and has it open"
     at = vault.seam.local_time(history.opened_at.get(history.term, 0.0))
-    return f"the last to open it was launch {owner.launch!r} on {owner.process.get('host', '?')}, {at}, {how}"
+    of = f", of {owner.ranks} ranks," if owner.ranks > 1 else ""
+    return f"the last to open it was launch {owner.launch!r}{of} on {owner.process.get('host', '?')}, {at}, {how}"

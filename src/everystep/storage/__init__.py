@@ -68,7 +68,16 @@ _KINDS: dict[str, Callable[[str, Seam, Settings], Any]] = {
     "az": _cloud("az"),
     "hdfs": _hdfs,
 }
-_URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
+_BROKEN = re.compile(r"(s3|gs|az|hdfs):", re.IGNORECASE)
+"""What is left of a URL whose slashes are lost: `pathlib.Path` makes one of two."""
+_MEANT = {
+    "s3a": "s3://bucket/prefix", "s3n": "s3://bucket/prefix", "gcs": "gs://bucket/prefix",
+    "azure": "az://container/prefix", "abfs": "az://container/prefix", "abfss": "az://container/prefix",
+    "wasb": "az://container/prefix", "wasbs": "az://container/prefix", "webhdfs": "hdfs://host:port/path",
+    "http": "s3://bucket/prefix?endpoint=http://host:port", "https": "s3://bucket/prefix?endpoint=https://host:port",
+}  # fmt: skip
+"""How everystep writes what other programs write so."""
 _SECRET = re.compile(r"^.*@|[?#].*$", re.DOTALL)
 """Where a URL may hold a credential: before the host, and behind the path."""
 
@@ -87,15 +96,33 @@ def open_storage(place: str, seam: Seam, settings: Settings = DEFAULT) -> Any:
         raise UsageError(f"{place[:80]!r} cannot be a path", do="give a folder, for example everystep.open('runs')")
     match = _URL.fullmatch(place)
     if match is None:
+        _check_slashes(place)
         return LocalStorage(place, seam)
-    scheme, rest = match.groups()
+    scheme, rest = match[1].lower(), match[2]
     if scheme not in _KINDS:
+        meant = _MEANT.get(scheme)
         raise UsageError(
             f"no storage for {scheme}://",
             where=f"{scheme}://{_SECRET.sub('', rest)}",
-            do=f"give a folder, or a URL of {', '.join(sorted(_KINDS))}",
+            do=f"write {meant}" if meant else f"give a folder, or a URL of {', '.join(sorted(_KINDS))}",
         )
     return _KINDS[scheme](rest, seam, settings)
+
+
+def _check_slashes(place: str) -> None:
+    """A training that saves into a folder called "s3:" believes its checkpoints are elsewhere.
+
+    Raises:
+        UsageError: for what looks like a URL and lacks a slash.
+    """
+    found = _BROKEN.match(place)
+    if found is not None:
+        scheme = found[1].lower()
+        raise UsageError(
+            f"a URL of {scheme} begins with {scheme}://, and this would be a folder",
+            where=f"{scheme}:…",
+            do=f"give the URL as text, not through a Path; for a folder of that name write ./{scheme}:…",
+        )
 
 
 __all__ = ["LocalStorage", "MemoryStorage", "Stat", "Storage", "open_storage"]

@@ -40,6 +40,8 @@ class Account:
     """Makes a store of obstore's from client options and a retry configuration."""
     is_sorted: bool = True
     """Whether the store lists by name."""
+    usual: str = "others"
+    """What gives credentials to most people, in words."""
 
     @property
     def identity(self) -> str:
@@ -58,24 +60,25 @@ def parse(scheme: str, rest: str, options: tuple[str, ...]) -> Address:
     """
     path, _, query = rest.partition("?")
     bucket, _, prefix = path.partition("/")
+    a_url = f"{'a' if scheme == 'gs' else 'an'} {scheme}:// URL"
     if "@" in bucket or ":" in bucket:  # a secret may have slashes in it
         raise UsageError(
-            f"a {scheme}:// URL must not hold a credential",
+            f"{a_url} must not hold a credential",
             where=f"{scheme}://…",
             do="begin with the bucket's name, and give credentials as that cloud does; see docs/storage.md",
         )
     parts = [part for part in prefix.split("/") if part]
     if not bucket or any(part in (".", "..") or any(ord(c) < 32 for c in part) for part in parts):
         raise UsageError(
-            f"a {scheme}:// URL needs a bucket and plain names",
-            where=f"{scheme}://{path!r}",
+            f"{a_url} needs a bucket and plain names",
+            where=f"{scheme}://{repr(path)[1:-1]}",
             do=f"for example everystep.open('{scheme}://bucket/runs')",
         )
     given = dict(parse_qsl(query, keep_blank_values=True))
     for name in given:
         if name not in options:
             raise UsageError(
-                f"a {scheme}:// URL has no option {name[:40]!r}",
+                f"{a_url} has no option {name[:40]!r}",
                 where=f"{scheme}://{path}",
                 do=f"options are {', '.join(options)}; credentials do not belong into a URL",
             )

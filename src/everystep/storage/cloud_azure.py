@@ -51,7 +51,7 @@ def account(rest: str, seam: Seam) -> Account:
         make: Any = store.AzureStore
         return make(config=config, client_options=client, retry_config=retry)
 
-    return Account(address, endpoint, words, connect)
+    return Account(address, endpoint, words, connect, usual=f"{_SOURCES[0][0]} or {CONNECTION}")
 
 
 def _of_environment(address: Address, seam: Seam) -> tuple[dict[str, Any], str]:

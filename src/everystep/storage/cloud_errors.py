@@ -24,6 +24,15 @@ _KIND = re.compile(r"HttpError \{\s*kind: ([A-Za-z]+)")
 _REGION = re.compile(r"<Region>\s*([a-z0-9-]{1,40})\s*</Region>")
 _IDENTITY = re.compile(r"169\.254\.|metadata\.google|/latest/api/token|token request|CreateSession|access token")
 
+_NO_TLS = re.compile(r"InvalidContentType|WRONG_VERSION_NUMBER", re.IGNORECASE)
+"""A connection of TLS to somebody who speaks something else, in the words of the libraries beneath."""
+_WHY_NOT = (
+    (re.compile(r"dns error"), "no such host is known"),
+    (re.compile(r"ConnectionRefused|Connection refused"), "nothing listens there"),
+    (re.compile(r"TimedOut|timed out"), "it did not answer"),
+    (_NO_TLS, "what answers does not speak TLS"),
+)
+
 # How Azure answers where a range begins at the very end, and of an empty object: with no bytes, and so badly put.
 _NOTHING = re.compile(r"InvalidRangeRequest|bytes 0--1/0")
 
@@ -38,9 +47,9 @@ _BAD_CREDENTIALS = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
     "AuthenticationFailed", "InvalidAuthenticationInfo", "UnauthorizedAccess", "InvalidClientTokenId",
 }  # fmt: skip
-_FAILED = {"InternalError", "InternalServerError", "OperationTimedOut"}
+_FAILED = {"InternalError", "InternalServerError", "OperationTimedOut", "RequestTimeout"}
 _TAKEN = {"PreconditionFailed", "BlobAlreadyExists", "ConditionNotMet", "TargetConditionNotMet"}
-_WRITES = ("put", "put_new", "delete")
+_WRITES = {"put": "write", "put_new": "write", "delete": "delete"}
 _OF_ONE = ("get", "stat", "delete")
 
 
@@ -81,6 +90,7 @@ def explain(
     answer, name = _read(error), type(error).__name__
     return (
         _of_identity(answer, account, where, first)
+        or _of_the_endpoint(answer, account, verb, where, first)
         or _of_the_object(answer, name, verb, where)
         or _of_the_bucket(answer, account, where)
         or _of_rights(answer, account, verb, where)
@@ -88,9 +98,33 @@ def explain(
         or StorageError(
             f"the store refused this: {answer.shown}" if answer.status else f"the store was not understood ({name})",
             where=where,
-            do="look this up in the store's documentation; earlier checkpoints are whole",
+            do=f"check {_at(account)}, and look this up in the store's documentation; earlier checkpoints are whole",
         )
     )
+
+
+def _at(account: Account) -> str:
+    return f"the endpoint {account.endpoint}" if account.endpoint else "the address"
+
+
+def _is_no_store(answer: _Answer, verb: str) -> bool:
+    """Every store names what it refuses; of an object that is missing it need not."""
+    return not answer.code and (answer.status == 400 or (answer.status == 404 and verb not in _OF_ONE))
+
+
+def _of_the_endpoint(answer: _Answer, account: Account, verb: str, where: str, first: bool) -> StorageError | None:
+    """Where something else than a store may answer: a wrong port, a wrong scheme."""
+    if not (first and account.endpoint):
+        return None
+    other = "http://" if account.endpoint.startswith("https:") else "https://"
+    if answer.kind == "Connect" and _NO_TLS.search(answer.text):
+        what = f"what answers at {account.endpoint} does not speak TLS"
+    elif verb not in ("stat", "put_new") and _is_no_store(answer, verb):
+        what = f"what answers at {account.endpoint} does not speak as a store does: {answer.status}"
+    else:
+        return None
+    do = f"check the endpoint: its host and port, and whether it should begin with {other}"
+    return StorageError(what, where=where, do=do)
 
 
 def _of_the_object(answer: _Answer, name: str, verb: str, where: str) -> StorageError | Damaged | None:
@@ -144,7 +178,7 @@ def _of_identity(answer: _Answer, account: Account, where: str, first: bool) -> 
     if not _IDENTITY.search(answer.text.partition("Server returned")[0]):
         return None
     kind = StorageError if first else Unreachable
-    asked = f"they come from {account.credentials}: check that, or set others"
+    asked = f"they come from {account.credentials}: check that, or set {account.usual}"
     return kind(f"no credentials were given out: {answer.shown}", where=where, do=asked)
 
 
@@ -165,7 +199,7 @@ def _of_rights(answer: _Answer, account: Account, verb: str, where: str) -> Stor
     if answer.status == 403:
         if verb in _WRITES:
             return ReadOnly(
-                f"the store does not let this process {verb.replace('_', ' ')}: {answer.shown}",
+                f"the store does not let this process {_WRITES[verb]}: {answer.shown}",
                 where=where,
                 do=f"{asked}: check what they may do with this bucket",
             )
@@ -187,19 +221,21 @@ def _of_the_moment(answer: _Answer, account: Account, verb: str, where: str) -> 
             do="save less often, or spread runs over more prefixes",
         )
     if answer.kind == "Connect":
+        why = next((f": {words}" for pattern, words in _WHY_NOT if pattern.search(answer.text)), "")
         return Unreachable(
-            f"no connection to {account.endpoint or 'the store'}",
+            f"no connection to {account.endpoint or 'the store'}{why}",
             where=where,
             do="check the network and the endpoint; earlier checkpoints are whole",
         )
     if answer.status not in (0, 408) and answer.status < 500 and answer.code not in _FAILED:
         return None
+    at = f": {account.endpoint}" if account.endpoint else ""
     if answer.status:
         what = f"the store failed: {answer.shown}"
     elif answer.kind == "Timeout":
-        what = "the store did not answer in time"
+        what = f"the store did not answer in time{at}"
     elif answer.kind:
-        what = "the connection to the store was lost"
+        what = f"the connection to the store was lost{at}"
     else:
         return None
     if verb == "put_new":

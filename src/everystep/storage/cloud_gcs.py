@@ -48,4 +48,4 @@ def account(rest: str, seam: Seam) -> Account:
         make: Any = store.GCSStore
         return make(config=config, client_options=client, retry_config=retry)
 
-    return Account(address, endpoint, words, connect)
+    return Account(address, endpoint, words, connect, usual="GOOGLE_APPLICATION_CREDENTIALS")

@@ -14,6 +14,7 @@ from everystep.storage.cloud_account import Account, Address, parse, plain_endpo
 OPTIONS = ("endpoint", "region", "profile", "style")
 STYLES = ("path", "virtual")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_KEY, _SECRET = "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"
 _DELEGATED = (
     ("AWS_WEB_IDENTITY_TOKEN_FILE", "the web identity of AWS_WEB_IDENTITY_TOKEN_FILE"),
     ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "the container's role"),
@@ -66,7 +67,8 @@ def account(rest: str, seam: Seam) -> Account:
         more = {"credential_provider": provider} if provider is not None else {}
         return make(config=config, client_options=client, retry_config=retry, **more)
 
-    return Account(address, endpoint, words, connect, not address.bucket.endswith(_DIRECTORY))
+    usual = f"{_KEY} and {_SECRET}, or a profile"
+    return Account(address, endpoint, words, connect, not address.bucket.endswith(_DIRECTORY), usual)
 
 
 def _where(address: Address, endpoint: str, seam: Seam) -> dict[str, Any]:
@@ -95,14 +97,21 @@ def _credentials(address: Address, name: str | None, profile: Mapping[str, str],
     asked = "profile" in address.options
     if _is_true(seam, "AWS_SKIP_SIGNATURE") and not asked:
         return "none: AWS_SKIP_SIGNATURE is set", None
-    if seam.environ("AWS_ACCESS_KEY_ID") and not asked:
-        return "the environment (AWS_ACCESS_KEY_ID)", None
+    pair = [name for name in (_KEY, _SECRET) if seam.environ(name)]
+    if len(pair) == 1 and not asked:
+        other = _SECRET if pair == [_KEY] else _KEY
+        raise UsageError(f"{pair[0]} is set, and {other} is not", where=address.url, do="set both, or take a profile")
+    if pair and not asked:
+        return f"the environment ({_KEY})", None
     for variable, words in _DELEGATED:
         if seam.environ(variable) and not asked:
             return words, None
     shown = f"profile {name or 'default'!r} of AWS's configuration"
     if profile.get("aws_access_key_id") and profile.get("aws_secret_access_key"):
         return shown, _Keys(profile)
+    if "aws_access_key_id" in profile:
+        do = "give it aws_secret_access_key, in ~/.aws/credentials"
+        raise UsageError(f"profile {name or 'default'!r} has a key and no secret", where=address.url, do=do)
     if any(key in profile for key in _ELSEWHERE):
         return shown, _follow(name, address)
     return "this machine's role (nothing in the environment, no keys in a profile)", None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from everystep.errors import Error, StorageError
+from everystep.errors import Error, StorageError, StorageFull
 from everystep.seam import REAL, Seam
 from everystep.storage.conformance_checks import CHECKS, Broken, Check, Scratch
 
@@ -63,7 +63,7 @@ def check(
         only: names of checks, if not all of them.
 
     Raises:
-        StorageError: if the store takes nothing at all.
+        StorageError: if the store takes nothing at all, or is full before the end.
     """
     chosen = [each for each in CHECKS if only is None or each.name in only]
     folder = f"everystep-check-{seam.token(8)}/"
@@ -72,9 +72,13 @@ def check(
     done: list[StorageCheck] = []
     try:
         storage.put(f"{folder}first", [b"first"])  # whoever may not write, or finds nobody there, is told so at once
-        for each in chosen:
-            tell(each.name, len(done), len(chosen))
-            done.append(_run(each, Scratch(storage, seam, pool, f"{folder}{each.name}/")))
+        try:
+            for each in chosen:
+                tell(each.name, len(done), len(chosen))
+                done.append(_run(each, Scratch(storage, seam, pool, f"{folder}{each.name}/")))
+        except BaseException:  # full, or interrupted: what was written goes all the same
+            _clean(storage, folder, pool)
+            raise
         tell("cleaning up", len(done), len(chosen))
         left = _clean(storage, folder, pool)
     finally:
@@ -88,6 +92,8 @@ def _run(each: Check, scratch: Scratch) -> StorageCheck:
         ok, found = True, each.run(scratch)
     except Broken as broken:
         ok, found = False, str(broken)
+    except StorageFull:  # which says nothing about what the store can do
+        raise
     except Error as error:
         ok, found = False, f"{error.kind}: {error.what}"
     except Exception as error:  # noqa: BLE001  callers wait for errors of ours; what a library says may hold a secret

@@ -26,7 +26,7 @@ _FULL = {"NSQuotaExceededException", "DSQuotaExceededException", "QuotaByStorage
          "QuotaExceededException"}  # fmt: skip
 _NOT_PLACED = re.compile(r"could only be (?:replicated|written) to 0.*There are (\d+) datanode.*?(no|\d+) node")
 _DO_REFUSED = "check HADOOP_USER_NAME or the Kerberos ticket (klist), and who may do what there (hdfs dfs -ls -d)"
-_DO_SILENT = "check the NameNode and the DataNodes (hdfs dfsadmin -report); earlier checkpoints are whole"
+_DO_SILENT = "check the NameNode: host, port, DataNodes (hdfs dfsadmin -report); earlier checkpoints are whole"
 _DO_FULL = "free space, or have the quota raised (hdfs dfs -count -q); every earlier checkpoint is whole"
 
 
@@ -58,7 +58,8 @@ def explain(error: BaseException, verb: str, where: str) -> StorageError | Damag
         return Damaged("a block does not have its checksum", where=where, do="run hdfs fsck, and everystep fsck")
     answer = _ANSWER.match(text)
     if answer is not None:
-        return _answered(answer[1].rpartition(".")[2], answer[2].replace("\\n", "\n").partition("\n")[0], verb, where)
+        said = answer[2].replace("\\n", "\n").replace('\\"', '"')
+        return _answered(answer[1].rpartition(".")[2], said.partition("\n")[0], verb, where)
     if re.match(r"SASLError|GSSAPIError|NoSASLMechanism", text):
         return StorageError("HDFS does not let this process in", where=where, do=_DO_REFUSED)
     return _lost(verb, f"HDFS cannot be reached: {_short(text)}", where)
