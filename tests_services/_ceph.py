@@ -66,8 +66,6 @@ rgw_dns_name = localhost
 rgw_s3_auth_use_sts = false
 rgw_dynamic_resharding = false
 rgw_bucket_quota_ttl = 0
-rgw_gc_obj_min_wait = 1
-rgw_gc_processor_period = 5
 """
 
 
