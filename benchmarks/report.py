@@ -49,6 +49,8 @@ class Section:
     command: str
     """What measures it, if nothing is kept of it yet."""
     plots: tuple[str, ...] = ()
+    store: bool = False
+    """Whether it needs an object store, which a run of all benchmarks does without."""
 
 
 TRAINING = (
@@ -123,16 +125,16 @@ SECTIONS = (
         "cloud", "To and from an object store",
         "Against the same bytes put and got by obstore alone, as many at once. The gateway runs on the same machine, "
         "and takes its share of both cores.",
-        cloud.tables, "python -m benchmarks.cloud",
+        cloud.tables, "python -m benchmarks.cloud", store=True,
     ),
     Section(
         "cloud-apart", "The same, with cores of its own for the gateway",
         "As from a machine that only trains: one core for the store, the other for the client.",
-        cloud.tables, "python -m benchmarks.cloud --apart",
+        cloud.tables, "python -m benchmarks.cloud --apart", store=True,
     ),
     Section(
         "leaf", "One leaf of a large checkpoint", "From an object store, by a program that has just opened it.",
-        leaf.tables, "python -m benchmarks.leaf",
+        leaf.tables, "python -m benchmarks.leaf", store=True,
     ),
     Section(
         "ranks", "Four ranks",

@@ -108,7 +108,7 @@ def test_a_launch_id_that_is_used_again_is_waited_for() -> None:
     trained(storage)
     seam = Told(began=1e12)
     with pytest.raises(
-        SaveAbandoned, match=r"not opened the run; the last to open it was launch 'job' on .* and closed"
+        SaveAbandoned, match=r"not opened the run; the last to open it was launch 'job', of 2 ranks, on .* and closed"
     ):
         run_of(storage, 1, seam, rank_deadline_seconds=0.1).resume()
     first, second = run_of(storage, 0), run_of(storage, 1, seam)

@@ -100,3 +100,10 @@ def test_a_relay_that_is_left_settles_what_it_began(pools: tuple[Pool, Pool]) ->
     assert 8 <= count <= 9
     second.start(int, "1").result()
     assert len(ended) == count
+
+
+def test_a_pool_may_be_closed_while_its_last_thread_is_being_started() -> None:
+    """Its job is done by another by then."""
+    for _ in range(200):
+        with closing(Pool(4, "first")) as first, closing(Pool(8, "second")) as second:
+            assert sorted(first.relay(int, second, int, "12345678", 8)) == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -26,6 +26,7 @@ class Pool:
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def ready(self) -> None:
         """Starts all threads now: a thread takes on the priority of the one that starts it."""
@@ -35,7 +36,7 @@ class Pool:
     def _add_thread(self) -> None:
         with self._lock:
             count = len(self._threads)
-            if count < self.workers:
+            if count < self.workers and not self._closed:
                 thread = threading.Thread(target=self._work, name=f"{self._name}-{count}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
@@ -104,6 +105,8 @@ class Pool:
 
     def close(self) -> None:
         """Ends the threads, once they have done what was asked of them."""
+        with self._lock:  # whoever has just handed in work may be about to start one more
+            self._closed = True
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
