@@ -15,7 +15,16 @@ from _disk import Disk
 from _seams import QuickSeam
 
 import everystep
-from everystep.errors import AlreadyExists, NotFound, ObjectMissing, ReadOnly, StorageError, StorageFull, UnknownOutcome
+from everystep.errors import (
+    AlreadyExists,
+    NotFound,
+    ObjectMissing,
+    ReadOnly,
+    StorageError,
+    StorageFull,
+    UnknownOutcome,
+    Unreachable,
+)
 from everystep.repository import Repository
 from everystep.seam import Files, Seam
 from everystep.settings import DEFAULT
@@ -503,3 +512,27 @@ def test_put_new_says_exists_only_of_what_is_durable() -> None:
         storage.put_new("a/log/0", b"two")
     assert disk.ops.count(("fsync_folder", disk._find("/runs/a/log"))) == before + 1
     assert bytes(storage.get("a/log/0")) == b"one"
+
+
+class Away(MemoryStorage):
+    """No pack gets there; each request says so when it has been repeated for as long as an outage is waited out."""
+
+    def __init__(self, seam: QuickSeam) -> None:
+        super().__init__()
+        self.seam, self.asked = seam, 0
+
+    def put(self, key: str, data: Any) -> None:
+        if "/packs/" not in key:
+            super().put(key, data)
+            return
+        self.asked += 1
+        self.seam.sleep(DEFAULT.outage_seconds)
+        raise Unreachable("no connection")
+
+
+def test_an_outage_is_waited_out_once() -> None:
+    seam = QuickSeam()
+    storage = Away(seam)
+    with Repository(Place(storage, seam, DEFAULT)).run("a").track(rng=False) as run, pytest.raises(Unreachable):
+        run.save(1, state={"w": np.arange(10)}).wait()
+    assert storage.asked == 1 and seam.slept < 1.5 * DEFAULT.outage_seconds

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from everystep import codecs
-from everystep.errors import ReadOnly, StorageError, StorageFull
+from everystep.errors import ReadOnly, StorageError, StorageFull, Unreachable
 from everystep.seam import Seam, Task
 from everystep.settings import Settings
 from everystep.vault.manifest import HERE
@@ -309,7 +309,7 @@ class PackWriter:
         pack.pieces = []
 
     def _put(self, pack: _Open) -> PackName:
-        pause = self._settings.retry_seconds
+        begun, pause = self._seam.monotonic(), self._settings.retry_seconds
         attempt = 0
         while True:
             attempt += 1
@@ -319,8 +319,10 @@ class PackWriter:
                 return name
             except (StorageFull, ReadOnly):
                 raise
-            except StorageError:
-                if attempt >= self._settings.put_attempts or pack.broken:
+            except StorageError as error:
+                waited = self._seam.monotonic() - begun  # by a storage that repeats its requests
+                is_over = isinstance(error, Unreachable) and waited >= self._settings.outage_seconds > 0
+                if attempt >= self._settings.put_attempts or pack.broken or is_over:
                     raise
             self._seam.sleep(pause)
             pause *= 2
