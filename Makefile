@@ -35,8 +35,9 @@ $(READY): pyproject.toml constraints.txt $(KERNEL)
 demo: $(READY)
 	$(BIN)/python examples/demo.py --out demo-out
 
+# What tests the benchmarks is no part of it, for its ten minutes: `make long` has it.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --ignore=tests/test_benchmarks.py
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -86,7 +87,7 @@ bench: $(BENCH_READY)
 long: $(READY)
 	EVERYSTEP_KILLS=100 EVERYSTEP_THOROUGH=1 $(BIN)/python -m pytest -n auto --dist worksteal \
 		tests/test_kill.py tests/test_damage.py tests/test_kernel.py tests/test_codecs_damage.py tests/test_format.py tests/test_exact.py \
-		tests/test_sharded.py tests/test_scale.py
+		tests/test_sharded.py tests/test_scale.py tests/test_benchmarks.py
 
 clean:
 	rm -rf $(VENV) $(ALL) $(MXNET) demo-out exact-out bench-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
