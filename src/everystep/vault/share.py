@@ -26,12 +26,10 @@ class HostShare:
     """
 
     def __init__(self, folder: str, seam: Seam, turn: float) -> None:
-        self._folder, self._seam, self._files = folder, seam, seam.files
+        self._folder, self._files = folder, seam.files
         self.turn = turn
         """Where in the order of things this process begins: a share of the whole, another one for each."""
         self._left = self._files.free(folder) // FREE_SHARE
-        self.given = 0
-        """Bytes that came from another process."""
 
     def get(self, storage: Any, key: str, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of an object, as the storage gives them."""
@@ -46,8 +44,6 @@ class HostShare:
             if found is None:
                 found = memoryview(storage.get(key, start, stop))
                 self._hand_on(fd, found)
-            else:
-                self.given += nbytes
             return found
         finally:
             self._files.close(fd)
