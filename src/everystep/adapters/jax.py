@@ -11,10 +11,10 @@ import numpy as np
 from everystep.adapters import Shared, composites, jax_nnx, jax_place, jax_tree
 from everystep.adapters import numpy as numpy_adapter
 from everystep.adapters.composites import Misfit
-from everystep.adapters.jax_place import ARRAY, KEY, NOTHING, WEAK, is_key, make_key
+from everystep.adapters.jax_place import ARRAY, KEY, WEAK, is_key, make_key
 from everystep.adapters.jax_place import build as build
 from everystep.errors import Unsupported
-from everystep.schema import Box, Composite, Described, LoadReport, Roled
+from everystep.schema import NOTHING, Box, Composite, Described, LoadReport, Roled
 from everystep.schema.dtype import name_of
 
 KINDS = (ARRAY, WEAK, KEY)

@@ -11,13 +11,11 @@ import numpy as np
 
 from everystep.adapters import numpy as numpy_adapter
 from everystep.errors import Damaged, Unsupported
-from everystep.schema import Box, Leaf
+from everystep.schema import NOTHING, Box, Leaf
 from everystep.schema.dtype import FOREIGN
 
 ARRAY, WEAK, KEY = "jax.array", "jax.weak", "jax.key"
 """Kinds of leaves and composites. A weak array takes on the element type of what it is computed with."""
-NOTHING = Box((0,), (0,), flat=True)
-"""The box of a process that has none of the devices."""
 Array = np.ndarray[Any, Any]
 
 

@@ -17,13 +17,11 @@ from everystep.adapters.torch_bytes import DTYPES, fit
 from everystep.adapters.torch_memory import PLAIN
 from everystep.adapters.torch_mesh import Index, Split, Untold, held_boxes, replica
 from everystep.errors import Unsupported
-from everystep.schema import Box, Described, Leaf
+from everystep.schema import NOTHING, Box, Described, Leaf
 
 Tensor = torch.Tensor
 Plain = Callable[[Tensor, str], Any]
 Parts = tuple[tuple[Box, Index], ...]
-NOTHING = Box((0,), (0,), flat=True)
-"""The box of a rank that holds nothing of a leaf, or leaves it to others."""
 SPLIT_BYTES_MIN = 1 << 16
 """Less than that is written by one of the ranks that hold it: every box costs a line in the manifest."""
 # Of torch from 2.5 on, and before.

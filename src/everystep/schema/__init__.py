@@ -1,6 +1,6 @@
 """The shapes of things: leaf, dtype, box, tree, and how leaves lie in chunks. NumPy only."""
 
-from everystep.schema.box import Box
+from everystep.schema.box import NOTHING, Box
 from everystep.schema.layout import Chunk, Layout, Region, Stream, lay_out
 from everystep.schema.prune import without
 from everystep.schema.report import LoadReport
@@ -21,6 +21,7 @@ from everystep.schema.tree import (
 )
 
 __all__ = [
+    "NOTHING",
     "ROLES",
     "Box",
     "Chunk",

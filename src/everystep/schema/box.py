@@ -37,3 +37,7 @@ class Box(msgspec.Struct, frozen=True, gc=False):
     @staticmethod
     def whole(shape: tuple[int, ...]) -> Box:
         return Box((0,) * len(shape), tuple(shape))
+
+
+NOTHING = Box((0,), (0,), flat=True)
+"""The box of a rank that holds nothing of a leaf, or leaves it to others."""
